@@ -1,0 +1,1 @@
+"""Policy maths: pure functions of tensors, without configuration, files or processes."""
