@@ -1,0 +1,39 @@
+"""The backbone of a run, loaded as its configuration says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from unified_rl.backbones.janus import JanusBackbone
+from unified_rl.config import BackboneConfig, checkpoint_path
+
+FAMILIES = {"janus": JanusBackbone}
+
+
+def load_backbone(
+    config: BackboneConfig, local_rank: int = 0, policy: Path | None = None, ds_config: dict | None = None
+) -> JanusBackbone:
+    """Base weights from `config.path`, then the trained weights of the folder `policy` where given.
+
+    Args:
+        local_rank: which GPU of this machine to use.
+        ds_config: DeepSpeed configuration; the weights are then partitioned over the ranks as they are read.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    backbone = FAMILIES[config.family].from_pretrained(
+        checkpoint_path(config.path),
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        attn_implementation=config.attn_implementation,
+        ds_config=ds_config,
+    )
+    if policy is not None:
+        backbone.load_policy(policy)
+    return backbone

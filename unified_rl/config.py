@@ -1,0 +1,326 @@
+"""Typed run configuration: one dataclass field per tunable, strict loading, frozen per run.
+
+A recipe is a YAML file in `unified_rl/recipes/` (or a path to one); `extends: [NAME, ...]` starts it from others,
+later ones winning. It is merged into the dataclasses below, then `key=value` overrides are applied. Unknown keys, wrong types and impossible combinations
+raise `ConfigError`. The resolved configuration is written once to `RUN/config.yaml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from unified_rl.files import atomic_write_bytes
+
+RECIPES = Path(__file__).parent / "recipes"
+ASSETS = Path(__file__).parent / "assets"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the remedy."""
+
+
+@dataclass
+class BackboneConfig:
+    """Which checkpoint is trained, and how it is held in memory."""
+
+    family: str = "janus"
+    path: str = MISSING  # folder in Hugging Face layout, or `assets:NAME` for a checkpoint in the package
+    dtype: str = "bfloat16"  # float32 | bfloat16
+    attn_implementation: str = "auto"  # auto: flash_attention_2 on a GPU that has it, else sdpa
+    device: str = "auto"  # auto: cuda where available, else cpu
+    threads: int = 1  # CPU threads of each worker; part of the result on CPU, so it is configuration
+
+
+@dataclass
+class DataConfig:
+    """Prompts of the run: a folder of prompt shards with its manifest (see data_tools/pack_prompts.py)."""
+
+    prompts: str = MISSING
+    prompts_per_iteration: int = 64
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling of G images per prompt."""
+
+    group_size: int = 8
+    temperature: float = 1.0
+    guidance_scale: float = 1.0
+    groups_per_batch: int = 8  # prompts sampled together; G times as many images
+    groups_per_shard: int = 32
+    workers: int = 1  # processes on this machine; the images do not depend on it
+
+
+@dataclass
+class RewardConfig:
+    """Scores of the images under the judge (GvU section 3.2)."""
+
+    method: str = "gvu"
+    judge: str = "frozen"  # frozen: the base weights; live: the policy that drew the images
+    question: str = "Describe the image in detail."
+    domain: str = "probability"  # probability: geometric mean; log: mean log-likelihood
+    batch_size: int = 32
+    workers: int = 1
+    max_failed_share: float = 0.05  # of groups; above it the stage stops
+
+
+@dataclass
+class PolicyConfig:
+    """Group-relative policy optimisation on image tokens."""
+
+    std_eps: float = 1.0e-8
+    min_std: float = 1.0e-6  # a group whose rewards spread less carries no signal and is skipped
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coefficient: float = 0.03
+    control: str = "none"  # shuffled: rewards permuted over all images of the iteration (a control run)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the language model (peft); used when train.scope is lora."""
+
+    rank: int = 32
+    alpha: int = 64
+
+
+@dataclass
+class TrainConfig:
+    """ZeRO-3 policy update."""
+
+    ranks: int = 1  # processes on this machine (GPUs); the global batch does not depend on it
+    scope: str = "lora"  # lora | full (language model and image head)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    ds_config: str = "zero3_bf16"  # a file of ds_configs/, or a path
+    learning_rate: float = 2.0e-5
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    groups_per_step: int = 8  # groups (of G images) in one optimiser step, over all ranks
+    epochs: int = 1  # passes over the iteration's groups
+    micro_batch: int = 8  # images per forward on each rank
+    old_log_probs: str = "rollout"  # rollout: as sampled; recomputed: by the trainer before the first step
+    activation_checkpointing: bool = False
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class EvaluateConfig:
+    """Held-out evaluation of base and tuned weights under the same seeds."""
+
+    prompts: str = ""  # folder of prompt shards; empty: no evaluation
+    samples_per_prompt: int = 4
+    batch_size: int = 32  # prompts sampled together
+    every: int = 0  # evaluate after every n-th iteration; 0: base and last only
+    bootstrap: int = 2000  # resamples over prompts for the 95 % intervals
+    questions: int = 0  # shapes only: questions per family asked to measure understanding
+
+
+@dataclass
+class RunConfig:
+    """Everything that determines a run."""
+
+    seed: int = 1234
+    iterations: int = 1
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+CHOICES = {
+    "backbone.family": ("janus",),
+    "backbone.dtype": ("float32", "bfloat16"),
+    "reward.method": ("gvu",),
+    "reward.judge": ("frozen", "live"),
+    "reward.domain": ("probability", "log"),
+    "policy.control": ("none", "shuffled"),
+    "train.scope": ("lora", "full"),
+    "train.old_log_probs": ("rollout", "recomputed"),
+}
+AT_LEAST = {
+    "iterations": 1,
+    "backbone.threads": 1,
+    "data.prompts_per_iteration": 1,
+    "rollout.group_size": 2,  # the standard deviation of one reward is undefined
+    "rollout.groups_per_batch": 1,
+    "rollout.groups_per_shard": 1,
+    "rollout.workers": 1,
+    "reward.batch_size": 1,
+    "reward.workers": 1,
+    "train.ranks": 1,
+    "train.groups_per_step": 1,
+    "train.epochs": 1,
+    "train.micro_batch": 1,
+    "train.keep_checkpoints": 1,
+    "evaluate.samples_per_prompt": 1,
+    "evaluate.batch_size": 1,
+    "evaluate.bootstrap": 1,
+}
+ABOVE_ZERO = ("rollout.temperature", "train.learning_rate", "policy.clip_low", "policy.clip_high")
+
+
+def keys_of(schema: type, prefix: str = "") -> list[str]:
+    """All dotted leaf keys of a configuration dataclass."""
+    keys = []
+    for f in fields(schema):
+        nested = f.default_factory if is_dataclass(f.default_factory) else None
+        keys += keys_of(nested, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+    return keys
+
+
+def nearest_key(key: str) -> str:
+    """The valid key that looks most like `key`, by whole path or by last part."""
+    valid = keys_of(RunConfig)
+    match = difflib.get_close_matches(key, valid, n=1, cutoff=0.3)
+    same_leaf = [k for k in valid if k.split(".")[-1] == key.split(".")[-1]]
+    return (same_leaf or match or valid)[0]
+
+
+def recipe_path(recipe: str) -> Path:
+    """Path of a recipe given by name (`gvu_janus_shapes`) or by file name."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"recipe file {recipe} does not exist")
+        return path
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        near = difflib.get_close_matches(recipe, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"no recipe named {recipe}{hint} Recipes: {', '.join(names)}")
+    return path
+
+
+def recipe_layers(recipe: str) -> list[tuple[Path, DictConfig]]:
+    """The recipe's files in the order of merging, those that it extends first."""
+    path = recipe_path(recipe)
+    content = OmegaConf.load(path)
+    layers = []
+    for parent in content.pop("extends", []):
+        layers += recipe_layers(parent)
+    return [*layers, (path, content)]
+
+
+def _merge(base: DictConfig, update: DictConfig, source: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(base, update)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = error.full_key or str(error.key)
+        raise ConfigError(f"{source}: unknown key {key}; the nearest valid key is {nearest_key(key)}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{source}: wrong type for {error.full_key}: {str(error).splitlines()[0]}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from None
+
+
+def resolve(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Recipe plus `key=value` overrides as a validated `RunConfig`.
+
+    Raises:
+        ConfigError: unknown recipe or key, wrong type, missing value, impossible combination.
+    """
+    config = OmegaConf.structured(RunConfig)
+    for path, content in recipe_layers(recipe):
+        config = _merge(config, content, str(path))
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        if OmegaConf.is_dict(OmegaConf.select(config, key)):
+            raise ConfigError(f"{key} is a section, not a value; set one of its keys, like {key}.NAME=value")
+        config = _merge(config, OmegaConf.from_dotlist([override]), f"override {override!r}")
+    return validate(config)
+
+
+def validate(config: DictConfig) -> RunConfig:
+    """Check values and combinations; return the plain dataclass."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"no value for {', '.join(missing)}; set it in the recipe or as key=value")
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(config, key)
+        if value not in allowed:
+            raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}")
+    for key, least in AT_LEAST.items():
+        value = OmegaConf.select(config, key)
+        if value < least:
+            raise ConfigError(f"{key}={value} must be at least {least}")
+    for key in ABOVE_ZERO:
+        value = OmegaConf.select(config, key)
+        if not value > 0:
+            raise ConfigError(f"{key}={value} must be above 0")
+    if not 0 <= config.reward.max_failed_share <= 1:
+        raise ConfigError(f"reward.max_failed_share={config.reward.max_failed_share} must lie in 0..1")
+    if config.policy.clip_low >= 1:
+        raise ConfigError(f"policy.clip_low={config.policy.clip_low} must be below 1: the ratio is positive")
+    return OmegaConf.to_object(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML text, keys in the order of the dataclasses."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def config_hash(config: RunConfig) -> str:
+    """First 16 hex digits of the SHA-256 of the resolved YAML."""
+    return hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]
+
+
+def load_run_config(run: Path) -> RunConfig:
+    """The configuration frozen in a run folder."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: start the run with `make loop RECIPE=... RUN={run}`")
+    return validate(_merge(OmegaConf.structured(RunConfig), OmegaConf.load(path), str(path)))
+
+
+def open_run(run: Path, recipe: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Create `RUN/config.yaml`, or load it and check that the arguments agree with it.
+
+    Raises:
+        ConfigError: the run exists with another configuration (the message is a diff), or it does not exist
+            and no recipe is given.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.exists():
+        if recipe is None:
+            raise ConfigError(f"{path} does not exist and no recipe is given; pass --recipe NAME")
+        config = resolve(recipe, overrides)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, to_yaml(config).encode())
+        return config
+    stored = load_run_config(run)
+    if recipe is None and not overrides:
+        return stored
+    if recipe is None:
+        raise ConfigError(f"{run} exists already: overrides {' '.join(overrides)} need --recipe to be compared with it")
+    wanted = resolve(recipe, overrides)
+    if to_yaml(wanted) != to_yaml(stored):
+        diff = difflib.unified_diff(
+            to_yaml(stored).splitlines(), to_yaml(wanted).splitlines(), str(path), "this command", n=0, lineterm=""
+        )
+        raise ConfigError(
+            f"{run} was started with another configuration; use a new RUN folder or the stored one:\n" + "\n".join(diff)
+        )
+    return stored
+
+
+def checkpoint_path(path: str) -> Path:
+    """Folder of a checkpoint; `assets:NAME` names one that ships with the package."""
+    resolved = ASSETS / path.removeprefix("assets:") if path.startswith("assets:") else Path(path)
+    if not (resolved / "config.json").is_file():
+        raise ConfigError(f"{resolved} is not a checkpoint in Hugging Face layout: config.json is missing")
+    return resolved

@@ -1,0 +1,1 @@
+"""Reward stage: scores of rollout images under the judge, and reference log-probs."""

@@ -1,0 +1,1 @@
+"""Rollout stage: G images per prompt, drawn by the current policy."""

@@ -1,0 +1,128 @@
+"""Questions about scenes with exact answers, in three easy and three hard families, answers balanced."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from unified_rl.shapes.prompts import CELLS, random_object
+from unified_rl.shapes.world import COLORS, GRID, RELATIONS, SHAPES, Detection, Object, Scene, related
+
+COUNT_WORDS = ("zero", "one", "two", "three", "four")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one scene; `answer` is a single word."""
+
+    family: str
+    scene: Scene
+    question: str
+    answer: str
+
+
+def random_scene(rng: random.Random, objects: int) -> Scene:
+    """`objects` random objects in random cells."""
+    cells: list[Object | None] = [None] * CELLS
+    for cell in rng.sample(range(CELLS), objects):
+        cells[cell] = random_object(rng)
+    return tuple(cells)
+
+
+def _place(rng: random.Random, objects: list[Object]) -> Scene:
+    cells: list[Object | None] = [None] * CELLS
+    for cell, item in zip(rng.sample(range(CELLS), len(objects)), objects, strict=True):
+        cells[cell] = item
+    return tuple(cells)
+
+
+def _existence(rng: random.Random) -> tuple[Scene, str, str]:
+    shape = rng.choice(SHAPES)
+    present = rng.random() < 0.5
+    others = [s for s in SHAPES if s != shape]
+    objects = [random_object(rng, rng.choice(others)) for _ in range(rng.randint(1, 3))]
+    if present:
+        objects[0] = random_object(rng, shape)
+    return _place(rng, objects), f"is there a {shape}?", "yes" if present else "no"
+
+
+def _color(rng: random.Random) -> tuple[Scene, str, str]:
+    shapes = rng.sample(SHAPES, rng.randint(1, 3))
+    objects = [random_object(rng, s) for s in shapes]
+    return _place(rng, objects), f"what color is the {shapes[0]}?", objects[0].color
+
+
+def _shape(rng: random.Random) -> tuple[Scene, str, str]:
+    colors = rng.sample(tuple(COLORS), rng.randint(1, 3))
+    objects = [random_object(rng, color=c) for c in colors]
+    return _place(rng, objects), f"what shape is the {colors[0]} object?", objects[0].shape
+
+
+def _counting(rng: random.Random) -> tuple[Scene, str, str]:
+    color, count = rng.choice(tuple(COLORS)), rng.randint(0, 3)
+    others = [c for c in COLORS if c != color]
+    distractors = rng.randint(max(1, 3 - count), CELLS - count)
+    objects = [random_object(rng, color=color) for _ in range(count)]
+    objects += [random_object(rng, color=rng.choice(others)) for _ in range(distractors)]
+    return _place(rng, objects), f"how many {color} objects are there?", COUNT_WORDS[count]
+
+
+def _relation(rng: random.Random) -> tuple[Scene, str, str]:
+    relation = rng.choice(RELATIONS)
+    wanted = rng.random() < 0.5
+    while True:
+        shapes = rng.sample(SHAPES, 4)
+        objects = [random_object(rng, s) for s in shapes]
+        cells = rng.sample(range(CELLS), 4)
+        subject, other = (Detection("", "", cell // GRID, cell % GRID, 0.0) for cell in cells[:2])
+        # Pairs in one row or column only answer questions about that axis.
+        if related(subject, relation, other) == wanted and _apart(subject, other, relation):
+            scene: list[Object | None] = [None] * CELLS
+            for cell, item in zip(cells, objects, strict=True):
+                scene[cell] = item
+            question = f"is the {shapes[0]} {relation} the {shapes[1]}?"
+            return tuple(scene), question, "yes" if wanted else "no"
+
+
+def _apart(subject: Detection, other: Detection, relation: str) -> bool:
+    return subject.column != other.column if relation in ("left of", "right of") else subject.row != other.row
+
+
+def _comparison(rng: random.Random) -> tuple[Scene, str, str]:
+    wanted = rng.random() < 0.5
+    while True:
+        first, second = rng.sample(tuple(COLORS), 2)
+        counts = rng.randint(0, 3), rng.randint(0, 3)
+        if counts[0] == counts[1] or (counts[0] > counts[1]) != wanted or sum(counts) not in (2, 3, 4):
+            continue
+        objects = [random_object(rng, color=first) for _ in range(counts[0])]
+        objects += [random_object(rng, color=second) for _ in range(counts[1])]
+        question = f"are there more {first} objects than {second} objects?"
+        return _place(rng, objects), question, "yes" if wanted else "no"
+
+
+FAMILIES: dict[str, Callable[[random.Random], tuple[Scene, str, str]]] = {
+    "existence": _existence,
+    "color": _color,
+    "shape": _shape,
+    "counting": _counting,
+    "relation": _relation,
+    "comparison": _comparison,
+}
+EASY = ("existence", "color", "shape")
+HARD = ("counting", "relation", "comparison")
+
+
+def make_question(family: str, rng: random.Random) -> Question:
+    """One random question of a family."""
+    return Question(family, *FAMILIES[family](rng))
+
+
+def make_questions(seed: int, per_family: int) -> list[Question]:
+    """`per_family` questions of every family, the same for the same seed."""
+    return [
+        make_question(family, random.Random(f"questions-{seed}-{family}-{i}"))
+        for family in FAMILIES
+        for i in range(per_family)
+    ]
