@@ -1,0 +1,1 @@
+"""Unified multimodal models behind one interface: what draws, reads and is trained."""

@@ -1,0 +1,154 @@
+"""What every backbone speaks: sampling settings, trajectories, step distributions, and per-sample randomness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+
+import torch
+
+from unified_rl.runtime import StageError
+
+
+class BackboneError(StageError):
+    """A checkpoint, policy file or input that cannot be used; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn. Part of the policy: replaying a trajectory needs the same values.
+
+    Attributes:
+        temperature: divides the logits; above 0.
+        guidance_scale: w of `u + w (c - u)` on logits with and without the prompt; at 1 only the prompt counts.
+    """
+
+    temperature: float = 1.0
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise BackboneError(f"temperature must be a number above 0, not {self.temperature!r}")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise BackboneError(f"guidance_scale must be a number of at least 0, not {self.guidance_scale!r}")
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float]) -> Sampling:
+        """Inverse of `to_dict`.
+
+        Raises:
+            BackboneError: a setting is missing or unknown, so the trajectory cannot be replayed faithfully.
+        """
+        wrong = sorted({f.name for f in fields(cls)} ^ set(values))
+        if wrong:
+            raise BackboneError(f"sampling settings with a missing or unknown entry: {', '.join(wrong)}")
+        return cls(**values)
+
+
+@dataclass
+class ImageTraj:
+    """B images as sequences of S decisions.
+
+    Attributes:
+        actions: int64 [B, S] image tokens.
+        log_probs: fp32 [B, S] under the distribution that was sampled, guidance and temperature included.
+        step_mask: fp32 [B, S], 1 for a decision of the policy, 0 for a forced step.
+    """
+
+    actions: torch.Tensor
+    log_probs: torch.Tensor
+    step_mask: torch.Tensor
+
+
+@dataclass
+class TextScore:
+    """Teacher-forced responses, right-padded to L tokens.
+
+    Attributes:
+        log_probs: fp32 [B, L], 0 at padding.
+        mask: fp32 [B, L], 1 at response tokens.
+        ids: int64 [B, L].
+    """
+
+    log_probs: torch.Tensor
+    mask: torch.Tensor
+    ids: torch.Tensor
+
+    def mean_log_prob(self) -> torch.Tensor:
+        """fp32 [B] mean over the tokens of each response, nats; NaN for an empty response."""
+        return (self.log_probs * self.mask).sum(-1) / self.mask.sum(-1)
+
+
+@dataclass
+class TextTraj:
+    """Sampled responses, right-padded to T tokens.
+
+    Attributes:
+        ids: int64 [B, T], the end-of-turn token included where the model wrote it.
+        log_probs: fp32 [B, T] under the sampled distribution (greedy: at temperature 1), 0 at padding.
+        entropies: fp32 [B, T] of that distribution, nats, 0 at padding.
+        mask: fp32 [B, T].
+        texts: without special tokens and without the space that the chat format puts first.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    entropies: torch.Tensor
+    mask: torch.Tensor
+    texts: list[str]
+
+
+class Categorical:
+    """Distributions over V tokens at each of S steps, in fp32.
+
+    Args:
+        logits: [B, S, V], guidance and temperature applied.
+    """
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits.float()
+
+    @cached_property
+    def log_probs(self) -> torch.Tensor:
+        """fp32 [B, S, V]."""
+        return self.logits.log_softmax(-1)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        """fp32 [B, S] of int64 [B, S] actions."""
+        return self.log_probs.gather(-1, actions[..., None])[..., 0]
+
+    def kl(self, other: Categorical) -> torch.Tensor:
+        """fp32 [B, S]: KL(self || other), summed over all V tokens."""
+        return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(-1)
+
+    def entropy(self) -> torch.Tensor:
+        """fp32 [B, S], nats."""
+        return -(self.log_probs.exp() * self.log_probs).sum(-1)
+
+
+def uniform_streams(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Float64 [B, length] uniforms in [0, 1); row i depends on seeds[i] only.
+
+    Drawn on the CPU up front, so that a sample does not depend on its batch, its worker or its device.
+    """
+    rows = [
+        torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
+    ]
+    return torch.stack(rows).to(device)
+
+
+def inverse_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """int64 [B]: one token per row, distributed as softmax(logits [B, V]), from float64 uniforms [B].
+
+    In float64, because a cumulative sum of 16384 fp32 probabilities is off by more than the rarest of them.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    # right=True: a token of probability zero is never picked, not even by a uniform of exactly 0.
+    picked = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    return picked[:, 0].clamp_max(logits.shape[-1] - 1)

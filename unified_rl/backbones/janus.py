@@ -1,0 +1,362 @@
+"""Janus and Janus-Pro on transformers' own modules: loading, drawing, reading, and what of it is trained.
+
+A public checkpoint in Hugging Face layout (`deepseek-community/Janus-Pro-1B`) and the tiny one of this package take
+the same path. The model stays in eval mode, also in training: it has no dropout, and the image tokenizer must not
+leave eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import JanusProcessor
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import is_flash_attn_2_available
+
+from unified_rl.backbones import policy_files
+from unified_rl.backbones.base import BackboneError, Categorical, ImageTraj, Sampling, TextScore, TextTraj
+from unified_rl.backbones.janus_inputs import JanusInputs
+from unified_rl.backbones.janus_sampling import guided, positions_of, sample_images, sample_text
+
+LORA_TARGETS = (
+    r"model\.language_model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj))"
+)
+TRAINED_IN_FULL = (
+    "model.language_model.layers.",
+    "model.language_model.norm.",
+    "model.generation_embeddings.",
+    "model.generation_aligner.",
+    "model.generation_head.",
+)
+VQ_BATCH = 32  # images decoded or encoded together; bounds the memory of the full-resolution feature maps
+
+
+class JanusForConditionalGeneration(transformers.JanusForConditionalGeneration):
+    """transformers' class with the image tokenizer kept in fp32 whatever the model's dtype."""
+
+    _keep_in_fp32_modules_strict = ("vqmodel",)
+
+
+class JanusBackbone:
+    """The backbone interface over one Janus; see `from_pretrained`.
+
+    Attributes:
+        model: in eval mode, no parameter requires a gradient until the caller says so.
+        image_tokens: S, tokens of an image.
+        image_size: pixels of its side.
+    """
+
+    family = "janus"
+
+    def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, path: str = "") -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.path = path
+        vision = model.config.vision_config
+        self.image_size: int = vision.image_size
+        self.image_tokens: int = (vision.image_size // vision.patch_size) ** 2
+        self.inputs = JanusInputs(processor, self.device)
+        self.lora: tuple[int, int] | None = None  # rank, alpha
+        self.deepspeed_config: HfDeepSpeedConfig | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where inputs go."""
+        return self.model.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attn_implementation: str = "auto",
+        ds_config: dict | None = None,
+    ) -> JanusBackbone:
+        """Load a checkpoint folder in Hugging Face layout.
+
+        Args:
+            attn_implementation: `auto` takes flash_attention_2 where it can run, else sdpa.
+            ds_config: a DeepSpeed ZeRO-3 configuration; weights are then partitioned over the ranks while they are
+                read, and only `image_dist`, `text_logps` and the rollouts work on them.
+
+        Raises:
+            BackboneError: not a Janus in that layout, or weights missing from it.
+        """
+        folder = Path(path)
+        check_layout(folder)
+        # transformers asks for the newest HfDeepSpeedConfig through a weak reference: it must outlive the loading.
+        partitioned = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
+        model, loading = JanusForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=choose_attention(attn_implementation, torch.device(device), dtype),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        wrong = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in loading[kind])
+        if wrong:
+            raise BackboneError(f"{folder}: weights missing or of another shape: {', '.join(wrong[:5])}")
+        if partitioned is None:
+            model.to(device)
+        backbone = cls(model, JanusProcessor.from_pretrained(folder, local_files_only=True), str(folder))
+        backbone.deepspeed_config = partitioned
+        backbone.inputs.device = torch.device(device)
+        return backbone
+
+    # ---- what is trained ------------------------------------------------------------------------------------------
+
+    def trainable_names(self, scope: str) -> list[str]:
+        """Parameter names that training updates.
+
+        `full`: language model layers and norm, image embeddings, their aligner and the image head. `lora`: the adapter.
+        Token embeddings, text head, vision tower and image tokenizer are never trained: they are what reads.
+        """
+        if scope == "lora":
+            if self.lora is None:
+                raise BackboneError("scope lora needs add_lora or a loaded adapter first")
+            return policy_files.lora_names(self.model)
+        if scope != "full":
+            raise BackboneError(f"unknown scope {scope!r}: full or lora")
+        names = [name for name, _ in self.model.named_parameters() if name.startswith(TRAINED_IN_FULL)]
+        return [name for name in names if "lora_" not in name]
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Modules that drawing and its training do not run: image tokenizer, vision tower and aligner, text head."""
+        inner = self.model.model
+        return [inner.vqmodel, inner.vision_model, inner.aligner, self.model.lm_head]
+
+    def add_lora(self, rank: int, alpha: int) -> None:
+        """Put fp32 LoRA adapters on all projections of the language model; outputs stay the same bit for bit."""
+        policy_files.inject_lora(self.model, LORA_TARGETS, rank, alpha)
+        self.lora = (rank, alpha)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute the language model's layers in the backward pass instead of keeping their activations."""
+        self.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in self.model.model.language_model.layers:
+            layer.training = True  # of the layer alone: transformers checkpoints only layers in training mode
+
+    def save_policy(self, folder: Path, scope: str, tensors: dict[str, torch.Tensor] | None = None) -> Path:
+        """Write the trained tensors only; returns the weights file.
+
+        Args:
+            tensors: values by parameter name, for weights that live elsewhere (a ZeRO-3 engine); default: the model's.
+        """
+        names = self.trainable_names(scope)
+        if tensors is None:
+            parameters = dict(self.model.named_parameters())
+            tensors = {name: parameters[name] for name in names}
+        wrong = sorted(set(names) ^ set(tensors))
+        if wrong:
+            raise BackboneError(f"the policy to save lacks or adds tensors: {', '.join(wrong[:5])}")
+        if scope == "full":
+            return policy_files.write_weights(folder, tensors)
+        return policy_files.write_adapter(folder, tensors, LORA_TARGETS, *self.lora, base=self.path)
+
+    def load_policy(self, folder: str | Path) -> None:
+        """Replace the trained weights by those that `save_policy` wrote to `folder`.
+
+        Raises:
+            BackboneError: any tensor missing, unknown or of another shape, or weights partitioned by ZeRO-3.
+        """
+        folder = Path(folder)
+        settings = policy_files.adapter_settings(folder, LORA_TARGETS)
+        if settings is not None and self.lora is None:
+            self.add_lora(*settings)
+        if settings != self.lora:
+            raise BackboneError(f"{folder}: LoRA (rank, alpha) {settings}, the loaded model has {self.lora}")
+        names = self.trainable_names("full" if settings is None else "lora")
+        stored = {name: name if settings is None else policy_files.peft_name(name) for name in names}
+        parameters = dict(self.model.named_parameters())
+        if any(hasattr(parameters[name], "ds_id") for name in names):
+            raise BackboneError("load_policy needs whole weights; load the policy before they are partitioned")
+        file = folder / (policy_files.WEIGHTS if settings is None else policy_files.ADAPTER_WEIGHTS)
+        tensors = policy_files.read_tensors(file, {stored[name]: parameters[name].shape for name in names})
+        with torch.no_grad():
+            for name in names:
+                parameters[name].copy_(tensors[stored[name]])
+
+    # ---- drawing --------------------------------------------------------------------------------------------------
+
+    def rollout_images(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> ImageTraj:
+        """Draw G images per prompt; the actions of a sample depend on its prompt and seed only.
+
+        Args:
+            prompts: P texts.
+            seeds: P * G, the G of a prompt together.
+        """
+        if not prompts or not seeds or len(seeds) % len(prompts):
+            raise BackboneError(f"{len(seeds)} seeds do not divide evenly over {len(prompts)} prompts")
+        ids, mask = self._branches(prompts, sampling)
+        return sample_images(self.model, ids, mask, seeds, self.image_tokens, sampling)
+
+    def _branches(
+        self, prompts: Sequence[str], sampling: Sampling, dropped: Sequence[bool] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask [B, T] of drawing prompts; with guidance [2B, T], the unconditional rows second."""
+        ids, mask = self.inputs.drawing(prompts)
+        unconditional = self.inputs.unconditional(ids)
+        if dropped is not None:
+            ids = torch.where(torch.tensor(dropped, device=ids.device)[:, None], unconditional, ids)
+        if sampling.guidance_scale == 1:
+            return ids, mask
+        return torch.cat([ids, unconditional]), torch.cat([mask, mask])
+
+    def image_dist(
+        self,
+        prompts: Sequence[str],
+        actions: torch.Tensor,
+        sampling: Sampling,
+        steps: Sequence[int] | None = None,
+        dropped: Sequence[bool] | None = None,
+    ) -> Categorical:
+        """The distributions that drew `actions`, teacher-forced and differentiable.
+
+        Args:
+            prompts: B texts.
+            actions: int64 [B, S].
+            steps: only these positions, in this order; default all S.
+            dropped: rows whose prompt is hidden as in the unconditional branch (to train guidance).
+        """
+        if len(prompts) != len(actions) or actions.shape[1] != self.image_tokens:
+            raise BackboneError(
+                f"actions of shape {list(actions.shape)} do not fit {len(prompts)} prompts x {self.image_tokens} tokens"
+            )
+        wanted = list(range(self.image_tokens)) if steps is None else list(steps)
+        ids, mask = self._branches(prompts, sampling, dropped)
+        earlier = actions[:, : max(wanted)].to(ids.device)  # what the last wanted step sees
+        drawn = self.model.prepare_embeddings_for_image_generation(earlier) if earlier.shape[1] else None
+        embeddings = self.model.get_input_embeddings()(ids)
+        if drawn is not None:
+            repeated = drawn if len(ids) == len(actions) else torch.cat([drawn, drawn])
+            embeddings = torch.cat([embeddings, repeated], 1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), earlier.shape[1])], 1)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+        ).last_hidden_state
+        first = ids.shape[1] - 1  # this token's output predicts the first image token
+        rows = hidden[:, first:] if steps is None else hidden[:, [first + step for step in wanted]]
+        return Categorical(guided(self.model.model.generation_head(rows), sampling))
+
+    @torch.no_grad()
+    def decode(self, actions: torch.Tensor) -> np.ndarray:
+        """uint8 [B, H, W, 3] images of int64 [B, S] tokens."""
+        parts = [self.model.decode_image_tokens(part) for part in actions.to(self.device).split(VQ_BATCH)]
+        pixels = torch.cat(parts).float()
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+    @torch.no_grad()
+    def encode_image_tokens(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """int64 [B, S] tokens of uint8 [B, H, W, 3] images of the model's own size.
+
+        Nearest code by direction, as the original Janus does; transformers' encoder compares raw distances, while its
+        decoder normalises.
+        """
+        side = self.image_size
+        if tuple(images.shape[1:]) != (side, side, 3):
+            raise BackboneError(f"images of shape {list(images.shape)} must be [B, {side}, {side}, 3]")
+        vq = self.model.model.vqmodel
+        codes = F.normalize(vq.quantize.embedding.weight, dim=-1)
+        tokens = []
+        for part in torch.as_tensor(images).split(VQ_BATCH):
+            pixels = part.to(self.device, codes.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+            latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)
+            tokens.append(torch.einsum("bdhw,vd->bhwv", latents, codes).argmax(-1).flatten(1))
+        return torch.cat(tokens)
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def text_logps(
+        self,
+        images: Sequence[np.ndarray | None],
+        questions: Sequence[str],
+        responses: Sequence[str],
+        end_of_turn: bool = False,
+    ) -> TextScore:
+        """Log-probs of the tokens of `responses` as answers, in one teacher-forced, differentiable forward.
+
+        Args:
+            images: uint8 [H, W, 3] or None, one per question.
+            end_of_turn: also score the token that ends the answer.
+        """
+        ids, mask, pixels = self.inputs.reading(images, questions)
+        answer, answer_mask = self.inputs.responses(responses, end_of_turn)
+        whole = torch.cat([mask, answer_mask[:, :-1].to(mask)], 1)  # nobody reads the last answer token
+        hidden = self.model.model(
+            input_ids=torch.cat([ids, answer[:, :-1]], 1),
+            pixel_values=None if pixels is None else pixels.to(self.model.dtype),
+            attention_mask=whole,
+            position_ids=positions_of(whole),
+            use_cache=False,
+        ).last_hidden_state
+        logits = self.model.lm_head(hidden[:, ids.shape[1] - 1 :]).float()
+        log_probs = -F.cross_entropy(logits.transpose(1, 2), answer, reduction="none")
+        return TextScore(log_probs * answer_mask, answer_mask, answer)
+
+    def rollout_text(
+        self,
+        images: Sequence[np.ndarray | None],
+        questions: Sequence[str],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+    ) -> TextTraj:
+        """Answer each question; temperature 0 is greedy, otherwise a sample depends on its own seed only."""
+        if temperature < 0 or max_new_tokens < 1 or len(seeds) != len(questions):
+            raise BackboneError(
+                f"temperature {temperature} below 0, max_new_tokens {max_new_tokens} below 1, "
+                f"or {len(seeds)} seeds for {len(questions)} questions"
+            )
+        ids, mask, pixels = self.inputs.reading(images, questions)
+        tokenizer = self.tokenizer
+        sampled = sample_text(
+            self.model,
+            self._reading_embeddings(ids, pixels),
+            mask,
+            seeds,
+            max_new_tokens,
+            temperature,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        )
+        return TextTraj(*sampled, texts=self.inputs.texts(sampled[0]))
+
+    @torch.no_grad()
+    def _reading_embeddings(self, ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
+        embeddings = self.model.get_input_embeddings()(ids)
+        if pixels is None:
+            return embeddings
+        features = self.model.model.get_image_features(pixels.to(self.model.dtype)).pooler_output
+        places = (ids == self.model.config.image_token_id)[..., None].expand_as(embeddings)
+        return embeddings.masked_scatter(places, features.to(embeddings.dtype))
+
+
+def check_layout(folder: Path) -> None:
+    """Raise with a remedy when `folder` is not a Janus checkpoint in Hugging Face layout."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BackboneError(f"{folder} is not a checkpoint folder: it has no config.json")
+    kind = transformers.PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != "janus":
+        hint = (
+            "; that is DeepSeek's own layout, take deepseek-community/Janus-Pro-1B or -7B instead"
+            if kind == "multi_modality"
+            else ""
+        )
+        raise BackboneError(f"{config}: model_type is {kind!r}, not 'janus'{hint}")
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`requested`, or for `auto` flash_attention_2 on a GPU in half precision that has it, else sdpa."""
+    if requested != "auto":
+        return requested
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "flash_attention_2" if half and device.type == "cuda" and is_flash_attn_2_available() else "sdpa"

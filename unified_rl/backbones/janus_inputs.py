@@ -1,0 +1,122 @@
+"""Prompts, questions and pictures as the tensors that a Janus reads, all through the checkpoint's own processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import JanusProcessor
+
+from unified_rl.backbones.base import BackboneError
+
+
+class JanusInputs:
+    """Turns text and images into token ids, masks and pixels.
+
+    The chat format comes from `processor.apply_chat_template` alone, so a tiny and a public checkpoint take the same
+    path. The tokenizer puts BOS first; prompts are padded on the left.
+
+    Args:
+        processor: of the checkpoint, with a chat template.
+        device: where the tensors go.
+    """
+
+    def __init__(self, processor: JanusProcessor, device: torch.device) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.device = device
+        self.boi_id: int = self.tokenizer.convert_tokens_to_ids(processor.image_start_token)
+        self.response_lead = self._response_lead()
+
+    def _response_lead(self) -> str:
+        """What the chat template writes between the open assistant turn and the assistant's text, e.g. one space."""
+        turn = {"role": "user", "content": [{"type": "text", "text": "Q"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}
+        opened = self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        closed = self.processor.apply_chat_template([turn, answer], add_generation_prompt=False, tokenize=False)
+        if not closed.startswith(opened) or "ANSWER" not in closed:
+            raise BackboneError(
+                "the processor's chat template does not continue an open assistant turn with the assistant's text: "
+                f"{closed!r} against {opened!r}"
+            )
+        return closed[len(opened) :].split("ANSWER")[0]
+
+    def _chat(self, contents: Sequence[list[dict]]) -> list[str]:
+        for content in contents:
+            self.check_text(content[-1]["text"])
+        conversations = [[{"role": "user", "content": content}] for content in contents]
+        return self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+
+    def check_text(self, text: str) -> None:
+        """Raise when `text` would be read as control tokens, which would silently change the conversation."""
+        for token in self.tokenizer.all_special_tokens:
+            if token in text:
+                raise BackboneError(f"the text {text!r} contains the control token {token!r}; remove it")
+
+    def _processed(self, texts: list[str], **kwargs: object) -> dict[str, torch.Tensor]:
+        bos = self.tokenizer.bos_token
+        written = bool(bos) and texts[0].startswith(bos)  # by the chat template itself
+        return self.processor(
+            text=texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not written,
+            return_tensors="pt",
+            **kwargs,
+        ).to(self.device)
+
+    def drawing(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask, int64 [B, T] each, of the turn that asks for an image; the last token opens the image."""
+        texts = self._chat([[{"type": "text", "text": prompt}] for prompt in prompts])
+        batch = self._processed(texts, generation_mode="image")
+        return batch["input_ids"], batch["attention_mask"]
+
+    def unconditional(self, ids: torch.Tensor) -> torch.Tensor:
+        """`ids` with everything but BOS and BOI replaced by padding, as transformers' own guidance does (same mask)."""
+        kept = (ids == self.tokenizer.bos_token_id) | (ids == self.boi_id)
+        return ids.masked_fill(~kept, self.tokenizer.pad_token_id)
+
+    def reading(
+        self, images: Sequence[np.ndarray | None], questions: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Ids and mask int64 [B, T], pixels fp32 [N, 3, H, W] of the N images (None where there is none).
+
+        Args:
+            images: uint8 [H, W, 3] of any size, or None for a question without an image.
+        """
+        if len(images) != len(questions):
+            raise BackboneError(f"{len(images)} images but {len(questions)} questions")
+        contents = [
+            ([] if image is None else [{"type": "image"}]) + [{"type": "text", "text": question}]
+            for image, question in zip(images, questions, strict=True)
+        ]
+        pictures = [_picture(image, row) for row, image in enumerate(images) if image is not None]
+        batch = self._processed(self._chat(contents), images=pictures or None)
+        return batch["input_ids"], batch["attention_mask"], batch.get("pixel_values")
+
+    def responses(self, texts: Sequence[str], end_of_turn: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids int64 [B, L] and mask fp32 [B, L] of assistant texts, padded on the right (L is at least 1)."""
+        for text in texts:
+            self.check_text(text)
+        rows = self.tokenizer([self.response_lead + t if t else "" for t in texts], add_special_tokens=False)["input_ids"]
+        if end_of_turn:
+            rows = [[*row, self.tokenizer.eos_token_id] for row in rows]
+        width = max(1, *(len(row) for row in rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return ids, (torch.arange(width, device=self.device) < lengths[:, None]).float()
+
+    def texts(self, ids: torch.Tensor) -> list[str]:
+        """Text of int64 [B, T] responses, without special tokens and without the chat format's leading space."""
+        decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.removeprefix(self.response_lead) for text in decoded]
+
+
+def _picture(image: np.ndarray, row: int) -> Image.Image:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
+        raise BackboneError(f"image {row} must be a uint8 [H, W, 3] array, not {found}")
+    return Image.fromarray(image)

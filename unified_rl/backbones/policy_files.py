@@ -1,0 +1,129 @@
+"""Trained weights on disk: only what was trained, under the checkpoint's own names, or a peft adapter folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from unified_rl.backbones.base import BackboneError
+from unified_rl.files import atomic_write_bytes
+
+WEIGHTS = "model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "default"
+PEFT_PREFIX = "base_model.model."
+LORA_SEED = 0  # every rank and every resume must start from the same adapter
+SHOWN = 5
+
+
+def inject_lora(model: nn.Module, targets: str, rank: int, alpha: int) -> None:
+    """Add LoRA (fp32, output unchanged) to the modules whose whole name matches the regular expression `targets`."""
+    if has_lora(model):
+        raise BackboneError("the model already carries a LoRA adapter; load the checkpoint again")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(LORA_SEED)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # peft takes the dtype of the base weight
+        # peft switches the gradients of all parameters; which ones are trained is for the caller to say.
+        parameter.requires_grad_(requires_grad.get(name.replace(".base_layer.", "."), False))
+    model.eval()
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether `inject_lora` was called."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def lora_names(model: nn.Module) -> list[str]:
+    """Names of the adapter's parameters, in the model's order."""
+    return [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+def peft_name(name: str) -> str:
+    """Name of an adapter parameter in peft's own files."""
+    return PEFT_PREFIX + name.replace(f".{ADAPTER}.weight", ".weight")
+
+
+def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write a policy of whole tensors; returns the file. The same tensors give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(folder / WEIGHTS, _serialised(tensors))
+    return folder / WEIGHTS
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, torch.Tensor], targets: str, rank: int, alpha: int, base: str
+) -> Path:
+    """Write a LoRA policy as a folder that peft loads as well; returns the file with the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets, base_model_name_or_path=base, inference_mode=True
+    )
+    config.save_pretrained(folder)
+    atomic_write_bytes(folder / ADAPTER_WEIGHTS, _serialised({peft_name(k): v for k, v in tensors.items()}))
+    return folder / ADAPTER_WEIGHTS
+
+
+def _serialised(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
+
+
+def adapter_settings(folder: Path, targets: str) -> tuple[int, int] | None:
+    """(rank, alpha) of the adapter in `folder`, None when it holds whole tensors.
+
+    Raises:
+        BackboneError: no policy there, or an adapter for other modules than `targets`.
+    """
+    if not (folder / ADAPTER_CONFIG).exists():
+        if not (folder / WEIGHTS).exists():
+            raise BackboneError(f"{folder} holds no policy: neither {WEIGHTS} nor {ADAPTER_CONFIG}")
+        return None
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    if config.get("target_modules") != targets:
+        raise BackboneError(
+            f"{folder / ADAPTER_CONFIG}: adapts {config.get('target_modules')!r}, this backbone adapts {targets!r}"
+        )
+    return config["r"], config["lora_alpha"]
+
+
+def read_tensors(file: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Tensors of `file`, which must have exactly the names and shapes `expected`.
+
+    Raises:
+        BackboneError: naming the file and the tensors that are missing, unknown or of another shape.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(f"{file} cannot be read: {error}") from None
+    problems = [
+        *_listed("missing", expected.keys() - tensors.keys()),
+        *_listed("not part of the policy", tensors.keys() - expected.keys()),
+    ]
+    for name in sorted(expected.keys() & tensors.keys()):
+        if tensors[name].shape != expected[name]:
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, the model {list(expected[name])}")
+    if problems:
+        raise BackboneError(f"{file} does not fit the model: {'; '.join(problems[:SHOWN])}")
+    return tensors
+
+
+def _listed(problem: str, names: Iterable[str]) -> list[str]:
+    ordered = sorted(names)
+    if not ordered:
+        return []
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return [f"{problem}: {', '.join(ordered[:SHOWN])}{more}"]
