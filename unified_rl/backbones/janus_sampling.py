@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, JanusForConditionalGeneration, StaticCache
 
@@ -19,8 +20,9 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
 class PrefixDecoder:
     """A language model after a prompt, ready for one token at a time.
 
-    The prompt is run once; its keys and values are then repeated for the samples that continue it. On CUDA they
-    move to a static cache, which keeps every step's tensors at the same address and size.
+    The prompt is run once; its keys and values are then copied, repeated for the samples that continue it, into a
+    static cache. On a GPU that keeps every step's tensors at the same address and size; on a CPU it is several times
+    faster than a growing cache, which copies all keys and values at every step.
 
     Args:
         language_model: of the Janus.
@@ -39,52 +41,32 @@ class PrefixDecoder:
         self.language_model = language_model
         self.length = mask.shape[1]
         positions = positions_of(mask)
-        self.cache = DynamicCache(config=language_model.config)
+        prompt = DynamicCache(config=language_model.config)
         hidden = language_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=prompt,
             use_cache=True,
         ).last_hidden_state[:, -1]
         self.hidden = hidden.repeat_interleave(repeats, 0)
         self.position = positions[:, -1:].repeat_interleave(repeats, 0)
-        self.static = embeddings.is_cuda
-        if self.static:
-            self.cache = self._static_copy(repeats, self.length + new_tokens)
-        elif repeats > 1:
-            self.cache.batch_repeat_interleave(repeats)
-        self.visible = self._visible(mask.repeat_interleave(repeats, 0), new_tokens)
-
-    def _static_copy(self, repeats: int, length: int) -> StaticCache:
-        static = StaticCache(config=self.language_model.config, max_cache_len=length)
-        for index, layer in enumerate(self.cache.layers):
-            keys, values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
-            static.update(keys, values, index)
-        return static
-
-    def _visible(self, mask: torch.Tensor, new_tokens: int) -> torch.Tensor | None:
-        """Bool mask [B, ..., T + new_tokens], built once; None where nothing has to be hidden."""
+        self.cache = StaticCache(config=language_model.config, max_cache_len=self.length + new_tokens)
+        for index, layer in enumerate(prompt.layers):
+            self.cache.update(layer.keys.repeat_interleave(repeats, 0), layer.values.repeat_interleave(repeats, 0), index)
+        # Tokens that may be seen, bool [B, T + new_tokens]; grows by one column a step.
+        self.visible = F.pad(mask.repeat_interleave(repeats, 0).bool(), (0, new_tokens))
         # A ready-made [B, 1, 1, K] mask spares transformers building one at every step, but only sdpa takes it.
-        self.ready_made = self.language_model.config._attn_implementation == "sdpa"
-        if self.ready_made and not self.static and bool(mask.all()):
-            return None
-        future = mask.new_full((len(mask), new_tokens), 0 if self.ready_made and self.static else 1)
-        visible = torch.cat([mask, future], 1).bool()
-        return visible[:, None, None] if self.ready_made else visible
+        self.ready_made = language_model.config._attn_implementation == "sdpa"
 
     def step(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Append one token per row, embeddings [B, 1, D]; returns the new `hidden` [B, D]."""
+        self.visible[:, self.length] = True
         self.position = self.position + 1
         self.length += 1
-        visible = self.visible
-        if visible is not None and self.ready_made and self.static:
-            visible[..., self.length - 1] = True
-        elif visible is not None:
-            visible = visible[..., : self.length]
         self.hidden = self.language_model(
             inputs_embeds=embeddings,
-            attention_mask=visible,
+            attention_mask=self.visible[:, None, None] if self.ready_made else self.visible[:, : self.length],
             position_ids=self.position,
             past_key_values=self.cache,
             use_cache=True,
