@@ -41,8 +41,8 @@ def sample_key(prompt_id: str, sample: int) -> str:
     """Key of sample number `sample` of a prompt."""
     if not PROMPT_ID.fullmatch(prompt_id):
         raise RecordError(f"prompt id {prompt_id!r} does not match {PROMPT_ID.pattern}")
-    if not 0 <= sample < MAX_SAMPLES:
-        raise RecordError(f"prompt {prompt_id}: sample number {sample} is not in 0..{MAX_SAMPLES - 1}")
+    if not is_count(sample) or sample >= MAX_SAMPLES:
+        raise RecordError(f"prompt {prompt_id}: sample number {sample!r} is not in 0..{MAX_SAMPLES - 1}")
     return f"{prompt_id}_{sample:02d}"
 
 
@@ -79,7 +79,12 @@ def _is_unicode(text: str) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 def _encode(source: _Source, content: dict) -> bytes:
@@ -143,23 +148,43 @@ def png_size(data: bytes, label: str) -> tuple[int, int]:
     return width, height
 
 
+def _png_pixel_stream(data: bytes, label: str) -> bytes:
+    """Compressed pixels of a PNG that consists of IHDR, IDAT... and IEND with right checksums, and nothing else."""
+    position, kinds, parts = len(_PNG_SIGNATURE), [], []
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        end = position + 12 + length
+        kind, body = data[position + 4 : position + 8], data[position + 8 : end - 4]
+        if end > len(data) or zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise RecordError(f"{label}: .png is truncated or damaged in chunk {kind!r}")
+        kinds.append(kind)
+        if kind == b"IDAT":
+            parts.append(body)
+        position = end
+    # Other chunks (text, palettes, animation, a second header) are never written, and some are bombs.
+    if kinds != [b"IHDR", *[b"IDAT"] * len(parts), b"IEND"]:
+        raise RecordError(f"{label}: .png must hold IHDR, IDAT and IEND chunks only, found {kinds[:8]}")
+    return b"".join(parts)
+
+
 def decode_png(data: bytes, label: str) -> np.ndarray:
-    """uint8 [H, W, 3] of a PNG. Memory is bounded: the size is known to be small before decoding starts."""
+    """uint8 [H, W, 3] of a PNG as `encode_png` writes it. Memory is bounded by the size in the checked header.
+
+    Pillow alone fills missing rows with black and ignores surplus ones, so the amount of pixels is checked first.
+    """
     import numpy as np
     from PIL import Image
 
-    size = png_size(data, label)
+    width, height = png_size(data, label)
+    expected = height * (1 + 3 * width)
     try:
+        inflater = zlib.decompressobj()
+        raw = inflater.decompress(_png_pixel_stream(data, label), expected + 1)
+        if len(raw) != expected or not inflater.eof or inflater.unused_data:
+            raise RecordError(f"{label}: .png does not hold exactly {width} x {height} pixels")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            # A second header chunk could announce another size than the one checked.
-            if image.size != size or image.mode != "RGB":
-                raise RecordError(f"{label}: .png has contradictory headers")
             return np.asarray(image).copy()
-    except (OSError, SyntaxError, zlib.error, struct.error) as error:
-        raise RecordError(f"{label}: .png cannot be decoded: {error}") from None
-    except ValueError as error:
-        if isinstance(error, RecordError):
-            raise
+    except (OSError, SyntaxError, zlib.error) as error:
         raise RecordError(f"{label}: .png cannot be decoded: {error}") from None
 
 
@@ -267,7 +292,7 @@ class RolloutRecord:
 
     def _check(self, source: _Source) -> None:
         content = {"policy_version": self.policy_version, "sampling": self.sampling, "plan": self.plan}
-        source.check(is_count(self.sample) and self.sample < MAX_SAMPLES, f"sample number {self.sample!r}")
+        source.check(is_count(self.sample) and self.sample < MAX_SAMPLES, f"sample {self.sample!r} is no sample number")
         source.check(is_count(self.seed) and self.seed < 2**63, f"seed {self.seed!r} is not in 0..2**63-1")
         source.text(content, "policy_version")
         source.mapping(content, "sampling")

@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 
 from unified_rl.files import fsync_folder, sha256_file
 from unified_rl.manifests import Manifest, ShardInfo, read_manifest, remove_temporaries
-from unified_rl.records import KEY, PromptRecord, RecordError, RewardRecord, RolloutRecord
+from unified_rl.records import KEY, PromptRecord, RewardRecord, RolloutRecord
 from unified_rl.runtime import StageError
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -277,7 +277,7 @@ def load_prompts(folder: Path) -> list[PromptRecord]:
     if manifest is None:
         raise ShardError(
             f"{folder} has no manifest.json: make prompt shards with "
-            f"`python data_tools/pack_prompts.py PROMPTS.txt {folder}`"
+            f"`python data_tools/pack_prompts.py PROMPTS.txt --out {folder}`"
         )
     if manifest.stage != "prompts":
         raise ShardError(f"{folder} holds shards of stage {manifest.stage}, not prompts")
@@ -285,9 +285,3 @@ def load_prompts(folder: Path) -> list[PromptRecord]:
     if not prompts:
         raise ShardError(f"{folder} holds no prompts")
     return prompts
-
-
-__all__ = [
-    "MAX_MEMBER_BYTES", "RecordError", "ShardError", "ShardInfo", "load_prompts", "read_records", "read_shard",
-    "scan_shard", "write_records", "write_shard",
-]  # fmt: skip
