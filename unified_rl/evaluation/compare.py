@@ -10,7 +10,7 @@ from pathlib import Path
 from unified_rl.config import load_run_config
 from unified_rl.evaluation.folder import evaluated_iterations, require_scores
 from unified_rl.evaluation.scoring import Difference, EvaluationError, compare_scores
-from unified_rl.files import atomic_write_bytes
+from unified_rl.manifests import store
 from unified_rl.runtime import EXIT_OK, run_stage
 
 
@@ -44,7 +44,9 @@ def table(rows: list[Difference], control: dict | None = None) -> str:
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     )
 
@@ -58,7 +60,11 @@ def interval(value: dict) -> str:
 
 def label_of(name: str) -> str:
     """A score's name for people."""
-    fixed = {"best_of_g": "best of G by the judge", "reward_mean": "frozen judge's reward", "overall": "drawing, overall"}
+    fixed = {
+        "best_of_g": "best of G by the judge",
+        "reward_mean": "frozen judge's reward",
+        "overall": "drawing, overall",
+    }
     return fixed.get(name, name.replace("question_answering/", "  answers: ").replace("_", " "))
 
 
@@ -70,12 +76,16 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--iteration", type=int, metavar="K", help="weights after K iterations; default: last evaluated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to store the rows; default RUN/comparison.json")
+    parser.add_argument(
+        "--iteration", type=int, metavar="K", help="weights after K iterations; default: last evaluated"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where to store the rows; default RUN/comparison.json"
+    )
     arguments = parser.parse_args(argv)
     rows = compare(arguments.run, arguments.iteration)
     target = arguments.json or arguments.run / "comparison.json"
-    atomic_write_bytes(target, (json.dumps([asdict(r) for r in rows], indent=1) + "\n").encode())
+    store(target, (json.dumps([asdict(r) for r in rows], indent=1) + "\n").encode())
     print(table(rows))
     return EXIT_OK
 

@@ -10,8 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unified_rl.evaluation.scoring import EvaluationError
-from unified_rl.files import atomic_write_bytes, sha256_file
-from unified_rl.manifests import MANIFEST_NAME, ShardInfo, encode_json, read_json, read_manifest, shard_info
+from unified_rl.files import sha256_file
+from unified_rl.manifests import (
+    MANIFEST_NAME,
+    ShardInfo,
+    encode_json,
+    read_json,
+    read_manifest,
+    shard_info,
+    store,
+)
 
 SCORES = "scores.json"
 
@@ -38,7 +46,7 @@ class Marks:
 
     def write(self, name: str, content: dict) -> None:
         """Mark a unit of work as finished, atomically."""
-        atomic_write_bytes(self._path(name), encode_json({"context": self.context, **content}))
+        store(self._path(name), encode_json({"context": self.context, **content}))
 
     def write_shard(self, index: int, info: ShardInfo, outcomes: dict) -> None:
         """Mark shard `index`; its tar must be in place."""

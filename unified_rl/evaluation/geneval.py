@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from unified_rl.files import atomic_write_bytes
+from unified_rl.manifests import store
 from unified_rl.records import PromptRecord, RolloutRecord, encode_png
 from unified_rl.shapes.world import SHAPES
 
@@ -29,5 +29,5 @@ def write_geneval_samples(folder: Path, first: int, records: list[RolloutRecord]
         place = Path(folder) / f"{i:05d}"
         (place / "samples").mkdir(parents=True, exist_ok=True)
         metadata = {**record.prompt.metadata, "prompt": record.prompt.text}
-        atomic_write_bytes(place / "metadata.jsonl", (json.dumps(metadata, ensure_ascii=False) + "\n").encode())
-        atomic_write_bytes(place / "samples" / f"{record.sample:04d}.png", encode_png(record.image, record.key))
+        store(place / "metadata.jsonl", (json.dumps(metadata, ensure_ascii=False) + "\n").encode())
+        store(place / "samples" / f"{record.sample:04d}.png", encode_png(record.image, record.key))

@@ -37,7 +37,9 @@ def check_complete(prompts: Outcomes, expected: list[str], samples: int) -> None
     """
     missing = [p for p in expected if p not in prompts]
     if missing:
-        raise EvaluationError(f"{len(missing)} of {len(expected)} prompts have no images, first: {missing[0]}")
+        raise EvaluationError(
+            f"{len(missing)} of {len(expected)} prompts have no images, first: {missing[0]}"
+        )
     unknown = sorted(set(prompts) - set(expected))
     if unknown:
         raise EvaluationError(f"images of prompt {unknown[0]}, which is not in the prompt folder")
@@ -126,9 +128,15 @@ def check_comparable(base: dict, tuned: dict) -> None:
     """
     for name in ("prompts_sha256", "sampling"):
         if base[name] != tuned[name]:
-            raise EvaluationError(f"the evaluations differ in {name}: {base[name]} and {tuned[name]}; evaluate both again")
-    if list(base["prompts"]) != list(tuned["prompts"]) or set(base.get("answers", {})) != set(tuned.get("answers", {})):
-        raise EvaluationError("the evaluations are not of the same prompts and questions; evaluate both again")
+            raise EvaluationError(
+                f"the evaluations differ in {name}: {base[name]} and {tuned[name]}; evaluate both again"
+            )
+    if list(base["prompts"]) != list(tuned["prompts"]) or set(base.get("answers", {})) != set(
+        tuned.get("answers", {})
+    ):
+        raise EvaluationError(
+            "the evaluations are not of the same prompts and questions; evaluate both again"
+        )
 
 
 def compare_scores(base: dict, tuned: dict, resamples: int, seed: int) -> list[Difference]:
@@ -154,5 +162,7 @@ def _resampled(differences: np.ndarray, resamples: int, generator: np.random.Gen
     block = max(1, 2**20 // len(differences))  # bounds the memory of the index array
     for start in range(0, resamples, block):
         count = min(block, resamples - start)
-        means[start : start + count] = differences[generator.integers(len(differences), size=(count, len(differences)))].mean(1)
+        means[start : start + count] = differences[
+            generator.integers(len(differences), size=(count, len(differences)))
+        ].mean(1)
     return means

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING
 from unified_rl.config import RunConfig, config_hash, open_run
 from unified_rl.evaluation.folder import SCORES, Marks, evaluation_folder, prompts_sha256, shard_stem
 from unified_rl.evaluation.geneval import is_shapes_prompt, write_geneval_samples
-from unified_rl.evaluation.scoring import EvaluationError, check_complete, drawing_scores, understanding_scores
-from unified_rl.files import atomic_write_bytes
+from unified_rl.evaluation.scoring import (
+    EvaluationError,
+    check_complete,
+    drawing_scores,
+    understanding_scores,
+)
 from unified_rl.ledger import Run
-from unified_rl.manifests import Manifest, encode_json, read_manifest, write_manifest
+from unified_rl.manifests import Manifest, encode_json, read_manifest, store, write_manifest
 from unified_rl.records import PromptRecord, RolloutRecord
 from unified_rl.report.timing import append_timing
 from unified_rl.runtime import (
@@ -160,7 +164,9 @@ def do_units(run: Run, iteration: int, plan: Plan, mine: list[int], ranks: Ranks
                 name = plan.question_sets[unit - len(plan.shards)]
                 plan.marks.write(f"answers-{name}", {"outcomes": answer(policy, name, config)})
             bar.update()
-            run.write_status(stage=STAGE, iteration=iteration, done=bar.done, total=len(mine), eta_s=bar.eta_s)
+            run.write_status(
+                stage=STAGE, iteration=iteration, done=bar.done, total=len(mine), eta_s=bar.eta_s
+            )
     return EXIT_OK
 
 
@@ -200,7 +206,9 @@ def judge_rewards(judge: JanusBackbone, records: list[RolloutRecord], config: Ru
     rewards: dict[str, float] = {}
     for start in range(0, len(records), config.reward.batch_size):
         part = records[start : start + config.reward.batch_size]
-        scores = gvu_scores(judge, [r.image for r in part], [r.prompt.text for r in part], config.reward.question)
+        scores = gvu_scores(
+            judge, [r.image for r in part], [r.prompt.text for r in part], config.reward.question
+        )
         for record, score in zip(part, scores, strict=True):
             if not score.tokens or not math.isfinite(score.mean_log_prob):
                 raise EvaluationError(f"image {record.key} has no finite likelihood under the judge")
@@ -209,7 +217,9 @@ def judge_rewards(judge: JanusBackbone, records: list[RolloutRecord], config: Ru
     return rewards
 
 
-def outcome_of(plan: Plan, prompt: PromptRecord, records: list[RolloutRecord], rewards: dict[str, float]) -> dict:
+def outcome_of(
+    plan: Plan, prompt: PromptRecord, records: list[RolloutRecord], rewards: dict[str, float]
+) -> dict:
     """Outcomes of one prompt's images, in the order of their sample numbers."""
     images = sorted((r for r in records if r.prompt.prompt_id == prompt.prompt_id), key=lambda r: r.sample)
     outcome: dict = {"text": prompt.text, "rewards": [rewards[r.key] for r in images]}
@@ -249,10 +259,11 @@ def commit_if_complete(plan: Plan, iteration: int) -> dict | None:
         "prompts": {prompt_id: prompts[prompt_id] for prompt_id in expected},
         "answers": answers,
     }  # fmt: skip
-    atomic_write_bytes(plan.folder / SCORES, encode_json(scores))
+    store(plan.folder / SCORES, encode_json(scores))
     counts = {"groups": len(expected), "images": len(expected) * samples}
     infos = [info for info, _ in shard_marks]
     write_manifest(
-        plan.folder, Manifest(STAGE, iteration, infos, plan.version, plan.marks.context["config_hash"], counts)
+        plan.folder,
+        Manifest(STAGE, iteration, infos, plan.version, plan.marks.context["config_hash"], counts),
     )
     return scores

@@ -1,0 +1,150 @@
+"""TensorBoard logs, rebuilt from the run folder: `python -m unified_rl.report.tensorboard --run RUN`.
+
+All events are written into a new file and the old ones are then deleted. The new file begins with a purge mark for
+step 0, so that a TensorBoard that has the old file open drops its points instead of showing them twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from unified_rl.report.figures import evaluation_grid, group_strips, group_view
+from unified_rl.report.truth import (
+    Truth,
+    detector_accuracy,
+    first_shard,
+    numbers,
+    read_truth,
+    spread,
+    widest_group,
+)
+from unified_rl.runtime import EXIT_OK, run_stage
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+PICTURED_ITERATIONS = 8
+
+
+def iteration_scalars(truth: Truth, iteration: int) -> Iterator[tuple[str, float]]:
+    """Scalars of one training iteration, from its manifests and timings."""
+    for stage in ("rollout", "reward", "train"):
+        manifest = truth.manifests.get((iteration, stage))
+        if manifest is None:
+            continue
+        seconds = truth.seconds.get((stage, iteration))
+        if seconds is not None:
+            yield f"time/{stage}", seconds
+            if seconds > 0 and "images" in manifest.counts:
+                yield f"throughput/{stage}_images_per_s", manifest.counts["images"] / seconds
+        if stage == "reward":
+            yield "reward/failed", manifest.counts.get("failed", 0)
+            for name, value in manifest.extra.items():
+                if name.endswith("_mean"):
+                    yield (
+                        ("reward" if name == "reward_mean" else f"rewards/{name.removesuffix('_mean')}/mean"),
+                        value,
+                    )
+        if stage == "train":
+            yield from (
+                (f"groups/{n.removeprefix('groups_')}", c)
+                for n, c in manifest.counts.items()
+                if "groups" in n
+            )
+            share = zero_std_share(manifest.counts)
+            if share is not None:
+                yield "frac_reward_zero_std", share
+
+
+def zero_std_share(counts: dict[str, int]) -> float | None:
+    """Share of the scored groups whose rewards do not differ."""
+    scored = counts.get("groups_used", 0) + counts.get("groups_zero_std", 0)
+    return counts.get("groups_zero_std", 0) / scored if scored else None
+
+
+def evaluation_scalars(scores: dict) -> Iterator[tuple[str, float]]:
+    """Scores of one evaluation."""
+    for name, value in scores.items():
+        if isinstance(value, float):
+            yield f"eval/{name}", value
+
+
+def write_scalars(writer: SummaryWriter, truth: Truth) -> None:
+    """All scalars: optimiser steps under `train/` by step, the rest by iteration."""
+    for step, row in enumerate(truth.steps):
+        for name, value in numbers(row).items():
+            writer.add_scalar(f"train/{name}", value, step)
+    for iteration in truth.iterations("rollout"):
+        for name, value in iteration_scalars(truth, iteration):
+            writer.add_scalar(name, value, iteration)
+    for iteration, scores in truth.scores.items():
+        for name, value in evaluation_scalars(scores):
+            writer.add_scalar(name, value, iteration)
+
+
+def write_pictures(writer: SummaryWriter, truth: Truth) -> None:
+    """Image grids of evaluations; group view and token strips of a few evenly spaced iterations."""
+    for iteration in spread(sorted(truth.scores), PICTURED_ITERATIONS):
+        writer.add_image(
+            "evaluation/fixed_prompts",
+            pixels(evaluation_grid(truth, iteration)),
+            iteration,
+            dataformats="HWC",
+        )
+    scored = [k for k in truth.iterations("reward") if (k, "rollout") in truth.manifests]
+    for iteration in spread(scored, PICTURED_ITERATIONS):
+        rollouts, rewards = first_shard(truth, iteration)
+        accuracy = detector_accuracy(rollouts)
+        if accuracy is not None:
+            writer.add_scalar("rollout/detector_accuracy_first_shard", accuracy, iteration)
+        group = widest_group(truth, iteration, rollouts, rewards)
+        if group is not None:
+            writer.add_image("group/by_advantage", pixels(group_view(group)), iteration, dataformats="HWC")
+            writer.add_image(
+                "group/token_likelihood", pixels(group_strips(group)), iteration, dataformats="HWC"
+            )
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return np.asarray(picture)
+
+
+def write_tensorboard(truth: Truth) -> Path:
+    """Rebuild `RUN/tensorboard`; returns the folder."""
+    # Imported here: it takes seconds, and the HTML report does not need it.
+    from torch.utils.tensorboard import SummaryWriter
+
+    from unified_rl.config import to_yaml
+
+    folder = truth.run.path / "tensorboard"
+    old = set(folder.glob("events.out.tfevents.*"))
+    with SummaryWriter(str(folder), purge_step=0) as writer:
+        write_scalars(writer, truth)
+        write_pictures(writer, truth)
+        writer.add_text("config", f"```yaml\n{to_yaml(truth.config)}```", 0)
+    for stale in old:
+        stale.unlink(missing_ok=True)
+    return folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_rl.report.tensorboard", description=__doc__,
+        epilog="example:\n  python -m unified_rl.report.tensorboard --run runs/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN")
+    print(write_tensorboard(read_truth(parser.parse_args(argv).run)))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    run_stage(main)
