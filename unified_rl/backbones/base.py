@@ -137,9 +137,7 @@ def uniform_streams(seeds: Sequence[int], length: int, device: torch.device | st
 
     Drawn on the CPU up front, so that a sample does not depend on its batch, its worker or its device.
     """
-    rows = [
-        torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
-    ]
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows).to(device)
 
 

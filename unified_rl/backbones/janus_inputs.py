@@ -100,10 +100,11 @@ class JanusInputs:
         """Ids int64 [B, L] and mask fp32 [B, L] of assistant texts, padded on the right (L is at least 1)."""
         for text in texts:
             self.check_text(text)
-        rows = self.tokenizer([self.response_lead + t if t else "" for t in texts], add_special_tokens=False)["input_ids"]
+        written = [self.response_lead + text if text else "" for text in texts]
+        rows = self.tokenizer(written, add_special_tokens=False)["input_ids"]
         if end_of_turn:
             rows = [[*row, self.tokenizer.eos_token_id] for row in rows]
-        width = max(1, *(len(row) for row in rows))
+        width = max([1, *(len(row) for row in rows)])
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)

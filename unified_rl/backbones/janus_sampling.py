@@ -53,7 +53,8 @@ class PrefixDecoder:
         self.position = positions[:, -1:].repeat_interleave(repeats, 0)
         self.cache = StaticCache(config=language_model.config, max_cache_len=self.length + new_tokens)
         for index, layer in enumerate(prompt.layers):
-            self.cache.update(layer.keys.repeat_interleave(repeats, 0), layer.values.repeat_interleave(repeats, 0), index)
+            keys, values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
+            self.cache.update(keys, values, index)
         # Tokens that may be seen, bool [B, T + new_tokens]; grows by one column a step.
         self.visible = F.pad(mask.repeat_interleave(repeats, 0).bool(), (0, new_tokens))
         # A ready-made [B, 1, 1, K] mask spares transformers building one at every step, but only sdpa takes it.
@@ -111,8 +112,8 @@ def sample_images(
     log_probs = torch.empty(len(seeds), length, device=ids.device)
     for i in range(length):
         if i:
-            token = actions[:, i - 1 : i]
-            decoder.step(model.prepare_embeddings_for_image_generation(torch.cat([token, token]) if guidance else token))
+            token = actions[:, i - 1 : i].repeat(2 if guidance else 1, 1)
+            decoder.step(model.prepare_embeddings_for_image_generation(token))
         logits = guided(model.model.generation_head(decoder.hidden), sampling)
         actions[:, i] = inverse_cdf(logits, uniforms[:, i])
         log_probs[:, i] = Categorical(logits).log_prob(actions[:, i])

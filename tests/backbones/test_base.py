@@ -1,0 +1,72 @@
+"""Distributions and per-sample randomness."""
+
+import math
+
+import pytest
+import torch
+
+from unified_rl.backbones.base import BackboneError, Categorical, Sampling, TextScore, inverse_cdf, uniform_streams
+
+
+def test_categorical_on_hand_computed_numbers():
+    uniform = Categorical(torch.zeros(1, 2, 4))
+    assert torch.allclose(uniform.log_prob(torch.tensor([[0, 3]])), torch.full((1, 2), -math.log(4)))
+    assert torch.allclose(uniform.entropy(), torch.full((1, 2), math.log(4)))
+    # p = (3/4, 1/4): KL(p || uniform) = 3/4 ln(3/2) + 1/4 ln(1/2)
+    skewed, flat = Categorical(torch.tensor([[[math.log(3.0), 0.0]]])), Categorical(torch.zeros(1, 1, 2))
+    assert skewed.kl(flat).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
+    assert flat.kl(skewed).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-6)
+
+
+def test_categorical_is_fp32_whatever_the_logits():
+    half = Categorical(torch.zeros(1, 1, 3, dtype=torch.bfloat16))
+    assert half.log_prob(torch.zeros(1, 1, dtype=torch.long)).dtype == torch.float32
+
+
+def test_sampler_frequencies_are_softmax_of_logits():
+    """Chi-square over 128 tokens, the tail included: nothing is cut off at the likeliest 50."""
+    logits = torch.randn(128, generator=torch.Generator().manual_seed(0))
+    draws = 400_000
+    uniforms = uniform_streams([1], draws)[0]
+    picked = torch.cat([inverse_cdf(logits.expand(len(part), -1), part) for part in uniforms.split(20_000)])
+    expected = logits.double().softmax(-1) * draws
+    statistic = ((picked.bincount(minlength=128) - expected) ** 2 / expected).sum().item()
+    assert expected.min() > 50
+    assert 127 - 5 * math.sqrt(2 * 127) < statistic < 127 + 5 * math.sqrt(2 * 127)
+
+
+def test_sampler_boundaries():
+    """Uniforms 0, below 1 and at the steps of the cumulative distribution; zero-probability tokens never appear."""
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(4, -1)
+    uniforms = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert inverse_cdf(logits, uniforms).tolist() == [1, 1, 3, 3]
+
+
+def test_uniform_streams_belong_to_their_seed():
+    together = uniform_streams([5, 2**62, 7], 6)
+    assert together.dtype == torch.float64
+    assert torch.equal(together[1], uniform_streams([2**62], 6)[0])
+    assert torch.equal(together[:, :3], uniform_streams([5, 2**62, 7], 3))
+    assert not torch.equal(together[0], together[2])
+
+
+@pytest.mark.parametrize("values", [{"temperature": 0.0}, {"temperature": math.nan}, {"guidance_scale": -1.0}])
+def test_impossible_sampling_is_refused(values):
+    with pytest.raises(BackboneError, match=next(iter(values))):
+        Sampling(**values)
+
+
+def test_sampling_round_trip_and_foreign_settings():
+    sampling = Sampling(0.7, 3.0)
+    assert Sampling.from_dict(sampling.to_dict()) == sampling
+    with pytest.raises(BackboneError, match="guidance_scale"):
+        Sampling.from_dict({"temperature": 1.0})
+    with pytest.raises(BackboneError, match="top_k"):
+        Sampling.from_dict({"temperature": 1.0, "guidance_scale": 1.0, "top_k": 50})
+
+
+def test_mean_log_prob_ignores_padding_and_is_nan_for_nothing():
+    mask = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    score = TextScore(torch.tensor([[-1.0, -3.0, -9.0], [0.0, 0.0, 0.0]]), mask, torch.zeros(2, 3, dtype=torch.long))
+    assert score.mean_log_prob()[0].item() == -2.0
+    assert math.isnan(score.mean_log_prob()[1].item())
