@@ -7,6 +7,7 @@ refuses everything that this writer would not have written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -108,7 +109,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
             "Make room or correct the permissions, then run the same command again"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return ShardInfo(path.name, count, sink.digest.hexdigest(), sink.size)
 
 
