@@ -28,9 +28,7 @@ def read_pair(run: Path, method: str, backbone: str, control: str) -> tuple[dict
         EvaluationError: the run is missing, unfinished, or not what its name says; the message names it.
     """
     if not (run / "config.yaml").is_file():
-        raise EvaluationError(
-            f"run {run} is missing: make it with `make evidence METHOD={method} BACKBONE={backbone}`"
-        )
+        raise EvaluationError(f"run {run} is missing: make it with `make evidence METHOD={method} BACKBONE={backbone}`")
     config = load_run_config(run)
     found = (config.reward.method, config.backbone.family, config.policy.control)
     if found != (method, backbone, control):
@@ -78,10 +76,7 @@ def text(result: dict) -> str:
     """One line for each interval."""
     rows = [("gain", result["gain"])]
     rows += [(f"control: {name}", value) for name, value in result["controls"].items()]
-    rows += [
-        (f"change of {name.replace('_', ' ')}", value)
-        for name, value in result["understanding_change"].items()
-    ]
+    rows += [(f"change of {name.replace('_', ' ')}", value) for name, value in result["understanding_change"].items()]
     rows += [
         ("best of G, untrained", result["best_of_g"]),
         ("change of the frozen judge's reward", result["reward_change"]),

@@ -14,6 +14,7 @@ import numpy as np
 from unified_rl.runtime import StageError
 
 Outcomes = dict[str, dict]
+GENEVAL_ORDER = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 class EvaluationError(StageError):
@@ -21,12 +22,13 @@ class EvaluationError(StageError):
 
 
 def by_category(prompts: Outcomes) -> dict[str, list[str]]:
-    """Category -> prompt ids, both in the order of the prompts; empty when nothing was judged by a detector."""
+    """Category -> prompt ids, GenEval's categories in its order; empty when nothing was judged by a detector."""
     groups: dict[str, list[str]] = defaultdict(list)
     for prompt_id, outcome in prompts.items():
         if "correct" in outcome:
             groups[outcome["category"]].append(prompt_id)
-    return dict(groups)
+    known = [name for name in GENEVAL_ORDER if name in groups]
+    return {name: groups[name] for name in [*known, *sorted(set(groups) - set(known))]}
 
 
 def check_complete(prompts: Outcomes, expected: list[str], samples: int) -> None:
@@ -37,9 +39,7 @@ def check_complete(prompts: Outcomes, expected: list[str], samples: int) -> None
     """
     missing = [p for p in expected if p not in prompts]
     if missing:
-        raise EvaluationError(
-            f"{len(missing)} of {len(expected)} prompts have no images, first: {missing[0]}"
-        )
+        raise EvaluationError(f"{len(missing)} of {len(expected)} prompts have no images, first: {missing[0]}")
     unknown = sorted(set(prompts) - set(expected))
     if unknown:
         raise EvaluationError(f"images of prompt {unknown[0]}, which is not in the prompt folder")
@@ -131,12 +131,8 @@ def check_comparable(base: dict, tuned: dict) -> None:
             raise EvaluationError(
                 f"the evaluations differ in {name}: {base[name]} and {tuned[name]}; evaluate both again"
             )
-    if list(base["prompts"]) != list(tuned["prompts"]) or set(base.get("answers", {})) != set(
-        tuned.get("answers", {})
-    ):
-        raise EvaluationError(
-            "the evaluations are not of the same prompts and questions; evaluate both again"
-        )
+    if list(base["prompts"]) != list(tuned["prompts"]) or set(base.get("answers", {})) != set(tuned.get("answers", {})):
+        raise EvaluationError("the evaluations are not of the same prompts and questions; evaluate both again")
 
 
 def compare_scores(base: dict, tuned: dict, resamples: int, seed: int) -> list[Difference]:

@@ -164,9 +164,7 @@ def do_units(run: Run, iteration: int, plan: Plan, mine: list[int], ranks: Ranks
                 name = plan.question_sets[unit - len(plan.shards)]
                 plan.marks.write(f"answers-{name}", {"outcomes": answer(policy, name, config)})
             bar.update()
-            run.write_status(
-                stage=STAGE, iteration=iteration, done=bar.done, total=len(mine), eta_s=bar.eta_s
-            )
+            run.write_status(stage=STAGE, iteration=iteration, done=bar.done, total=len(mine), eta_s=bar.eta_s)
     return EXIT_OK
 
 
@@ -206,9 +204,7 @@ def judge_rewards(judge: JanusBackbone, records: list[RolloutRecord], config: Ru
     rewards: dict[str, float] = {}
     for start in range(0, len(records), config.reward.batch_size):
         part = records[start : start + config.reward.batch_size]
-        scores = gvu_scores(
-            judge, [r.image for r in part], [r.prompt.text for r in part], config.reward.question
-        )
+        scores = gvu_scores(judge, [r.image for r in part], [r.prompt.text for r in part], config.reward.question)
         for record, score in zip(part, scores, strict=True):
             if not score.tokens or not math.isfinite(score.mean_log_prob):
                 raise EvaluationError(f"image {record.key} has no finite likelihood under the judge")
@@ -217,9 +213,7 @@ def judge_rewards(judge: JanusBackbone, records: list[RolloutRecord], config: Ru
     return rewards
 
 
-def outcome_of(
-    plan: Plan, prompt: PromptRecord, records: list[RolloutRecord], rewards: dict[str, float]
-) -> dict:
+def outcome_of(plan: Plan, prompt: PromptRecord, records: list[RolloutRecord], rewards: dict[str, float]) -> dict:
     """Outcomes of one prompt's images, in the order of their sample numbers."""
     images = sorted((r for r in records if r.prompt.prompt_id == prompt.prompt_id), key=lambda r: r.sample)
     outcome: dict = {"text": prompt.text, "rewards": [rewards[r.key] for r in images]}

@@ -97,9 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--run", type=Path, required=True, metavar="RUN")
-    parser.add_argument(
-        "--setup-seconds-file", type=Path, metavar="F", help="file with the seconds that set-up took"
-    )
+    parser.add_argument("--setup-seconds-file", type=Path, metavar="F", help="file with the seconds that set-up took")
     arguments = parser.parse_args(argv)
     run = Run(arguments.run, load_run_config(arguments.run))
     summary = summarize(run, read_setup_seconds(arguments.setup_seconds_file))

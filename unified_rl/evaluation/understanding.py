@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 QUESTION_SETS = ("caption_ranking", *(f"question_answering/{family}" for family in FAMILIES))
 CAPTIONS_PER_QUESTION = 3  # caption pairs for each question of a family
 ANSWER_TOKENS = 4
-QUESTION_SEED = (
-    20_000  # scenes and questions of evaluation; the same for all runs, so that runs can be compared
-)
+QUESTION_SEED = 20_000  # scenes and questions of evaluation; the same for all runs, so that runs can be compared
 
 
 def answer(backbone: JanusBackbone, name: str, config: RunConfig) -> list[bool]:
@@ -46,9 +44,7 @@ def rank_captions(backbone: JanusBackbone, pairs: int, question: str, batch: int
     return outcomes
 
 
-def mean_log_likelihood(
-    backbone: JanusBackbone, images: list, question: str, captions: list[str]
-) -> torch.Tensor:
+def mean_log_likelihood(backbone: JanusBackbone, images: list, question: str, captions: list[str]) -> torch.Tensor:
     """fp64 [B] mean log-likelihood of the captions' tokens."""
     score = backbone.text_logps(images, [question] * len(images), captions)
     mask = score.mask.double()
@@ -62,8 +58,6 @@ def answer_family(backbone: JanusBackbone, family: str, count: int, batch: int) 
     for start in range(0, len(questions), batch):
         part = questions[start : start + batch]
         images = [render(q.scene) for q in part]
-        texts = backbone.rollout_text(
-            images, [q.question for q in part], [0] * len(part), ANSWER_TOKENS, 0.0
-        ).texts
+        texts = backbone.rollout_text(images, [q.question for q in part], [0] * len(part), ANSWER_TOKENS, 0.0).texts
         outcomes += [text.strip().lower() == q.answer for q, text in zip(part, texts, strict=True)]
     return outcomes

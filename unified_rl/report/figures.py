@@ -47,9 +47,7 @@ def picture_pairs(truth: Truth) -> list[Pair]:
         old, new = base["prompts"][prompt_id], tuned["prompts"][prompt_id]
         marks = [o["correct"][0] if "correct" in o else None for o in (old, new)]
         pairs.append(
-            Pair(
-                old["text"], before[prompt_id], after[prompt_id], *marks, old["rewards"][0], new["rewards"][0]
-            )
+            Pair(old["text"], before[prompt_id], after[prompt_id], *marks, old["rewards"][0], new["rewards"][0])
         )
     return pairs
 
@@ -73,9 +71,7 @@ def upscale(image: np.ndarray, side: int) -> Image.Image:
     factor = side / max(height, width)
     if factor >= 1:
         return picture.resize((width * int(factor), height * int(factor)), Image.Resampling.NEAREST)
-    return picture.resize(
-        (max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.LANCZOS
-    )
+    return picture.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.LANCZOS)
 
 
 def likelihood_fill(probability: float) -> tuple[int, int, int]:
@@ -117,17 +113,16 @@ def before_after(pairs: list[Pair], columns: int = 3, side: int = 128) -> Image.
     draw.text((gap, 35), "left: before training, right: after", font=font(14), fill=MUTED)
     for i, pair in enumerate(pairs):
         x, y = gap + (i % columns) * (card[0] + gap), head + (i // columns) * (card[1] + gap)
-        _draw_lines(draw, x, y + 8, wrap(pair.prompt, card[0], 15), 15, INK)
+        lines = wrap(pair.prompt, card[0], 15)
+        _draw_lines(draw, x, y + text - 4 - 20 * len(lines), lines, 15, INK)
         for j, (image, ok) in enumerate(((pair.before, pair.before_ok), (pair.after, pair.after_ok))):
             left = x + j * (side + gap)
             shown = upscale(image, side)
             picture.paste(shown, (left, y + text))
-            draw.rectangle(
-                (left - 1, y + text - 1, left + shown.width, y + text + shown.height), outline=LINE
-            )
-            draw.text((left, y + text + side + 3), ("before", "after")[j], font=font(13), fill=MUTED)
+            draw.rectangle((left - 1, y + text - 1, left + shown.width, y + text + shown.height), outline=LINE)
+            draw.text((left, y + text + side + 5), ("before", "after")[j], font=font(13), fill=MUTED)
             if ok is not None:
-                draw_mark(draw, left + side - 22, y + text + 4, ok)
+                draw_mark(draw, left + side - 17, y + text + side + 4, ok, 16)
     return picture
 
 
@@ -145,7 +140,7 @@ def caption_grid(
         x, y = gap + (i % columns) * (side + 2 * gap), gap + (i // columns) * height
         picture.paste(upscale(image, side), (x, y))
         if ok is not None:
-            draw_mark(draw, x + side - 22, y + 4, ok)
+            draw_mark(draw, x + side - 10, y + side - 10, ok, 16)
         _draw_lines(draw, x, y + side + 4, lines, size, INK)
     return picture
 
@@ -191,9 +186,7 @@ def token_strip(tokens: list[str], log_probs: list[float], label: str, width: in
     for x, y, step, shown, probability in boxes:
         fill = likelihood_fill(probability)
         draw.rounded_rectangle((x, y, x + step, y + 26), 4, fill=fill)
-        draw.text(
-            (x + 6, y + 3), shown, font=face, fill=PAPER if fill == LIKELIHOOD_FILLS[0][1] else (0, 0, 0)
-        )
+        draw.text((x + 6, y + 3), shown, font=face, fill=PAPER if fill == LIKELIHOOD_FILLS[0][1] else (0, 0, 0))
         draw.text((x + 6, y + 28), f"{probability:.2f}", font=small, fill=MUTED)
     return picture
 
@@ -218,10 +211,7 @@ def group_strips(group: Group) -> Image.Image:
     """Token strips of the best and the worst sample of a group."""
     ends = (("best", group.samples[0]), ("worst", group.samples[-1]))
     return stacked(
-        [
-            token_strip(s.tokens, s.token_log_probs, f"{name} sample, reward {s.reward:.3f}")
-            for name, s in ends
-        ]
+        [token_strip(s.tokens, s.token_log_probs, f"{name} sample, reward {s.reward:.3f}") for name, s in ends]
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from unified_rl.config import to_yaml
@@ -28,28 +29,12 @@ from unified_rl.runtime import format_seconds
 READ_ITERATIONS = 12
 # Curves over optimiser steps: title, metrics shown together, how to read it.
 STEP_CURVES = (
-    (
-        "KL to the base policy",
-        ("kl",),
-        "Nats per image token. A steep rise means the policy leaves the base behind.",
-    ),
-    (
-        "Entropy of the image tokens",
-        ("entropy",),
-        "Nats per token. A fall towards 0 is collapse: all images alike.",
-    ),
-    (
-        "Clip fraction",
-        ("clip_low_fraction", "clip_high_fraction"),
-        "Share of tokens whose gradient the bound stops.",
-    ),
+    ("KL to the base policy", ("kl",), "Nats per image token. A steep rise means the policy leaves the base behind."),
+    ("Entropy of the image tokens", ("entropy",), "Nats per token. A fall towards 0 is collapse: all images alike."),
+    ("Clip fraction", ("clip/low_fraction", "clip/high_fraction"), "Share of tokens whose gradient the bound stops."),
     ("Gradient norm", ("grad_norm",), "Before clipping."),
-    (
-        "Largest deviation of the ratio from 1",
-        ("ratio_max_deviation",),
-        "Near 0 in the first step of an iteration.",
-    ),
-    ("Loss", ("loss",), "Not a measure of progress: advantages have mean 0."),
+    ("Largest deviation of the ratio from 1", ("ratio/max_deviation",), "Near 0 in the first step of an iteration."),
+    ("Loss", ("policy/loss",), "Not a measure of progress: advantages have mean 0."),
 )
 
 
@@ -65,9 +50,7 @@ def comparison_section(truth: Truth) -> str:
         f"{len(evaluated['prompts'])} held-out prompts, {config.evaluate.samples_per_prompt} images each, same seeds; "
         f"weights after {truth.last} iterations. Brackets: paired bootstrap 95 % intervals over prompts or questions."
     )
-    body = highlights(rows) + table(
-        "Scores of base and tuned weights", ["Score", "Base", "Tuned", "Change"], cells
-    )
+    body = highlights(rows) + table("Scores of base and tuned weights", ["Score", "Base", "Tuned", "Change"], cells)
     return section("Before and after", body + f"<p>{escape(note)}</p>" + control_text(config))
 
 
@@ -96,9 +79,7 @@ def control_text(config) -> str:
         return ""
     rows = [["This method", interval(evidence["gain"])]]
     rows += [[f"Control: {escape(n)} rewards", interval(v)] for n, v in evidence["controls"].items()]
-    return table(
-        "Stored experiment over seeds: change of drawing accuracy, 95 % interval", ["Run", "Change"], rows
-    )
+    return table("Stored experiment over seeds: change of drawing accuracy, 95 % interval", ["Run", "Change"], rows)
 
 
 def pictures_section(pairs: list[Pair]) -> str:
@@ -117,9 +98,7 @@ def pictures_section(pairs: list[Pair]) -> str:
         )
         cards.append(f'<article class="pair"><h3>{escape(pair.prompt)}</h3><div>{shown}</div></article>')
     note = "The first prompts of every category and the first image of each, chosen before looking at the scores."
-    return section(
-        "Pictures: same prompts, same seeds", f'<div class="pairs">{"".join(cards)}</div><p>{note}</p>'
-    )
+    return section("Pictures: same prompts, same seeds", f'<div class="pairs">{"".join(cards)}</div><p>{note}</p>')
 
 
 def learning_section(truth: Truth, accuracies: list[tuple[float, float]]) -> str:
@@ -130,9 +109,7 @@ def learning_section(truth: Truth, accuracies: list[tuple[float, float]]) -> str
         for k in truth.iterations("reward")
         if "reward_mean" in truth.manifests[k, "reward"].extra
     ]
-    held_out = {
-        n: [(float(k), s[n]) for k, s in truth.scores.items() if n in s] for n in ("reward_mean", "overall")
-    }
+    held_out = {n: [(float(k), s[n]) for k, s in truth.scores.items() if n in s] for n in ("reward_mean", "overall")}
     judge = f"{truth.config.reward.judge} judge"
     charts = chart(
         "Judge's reward", "weights after iteration", [
@@ -152,12 +129,9 @@ def learning_section(truth: Truth, accuracies: list[tuple[float, float]]) -> str
 def optimisation_section(truth: Truth) -> str:
     """Curves over optimiser steps."""
     charts = ""
-    rows = [numbers(row) for row in truth.steps]
+    rows = [(float(step), numbers(row)) for step, row in enumerate(truth.steps, 1)]
     for title, names, note in STEP_CURVES:
-        series = [
-            Series(n.replace("_", " "), [(float(i), r[n]) for i, r in enumerate(rows) if n in r])
-            for n in names
-        ]
+        series = [Series(re.sub("[_/]", " ", n), [(step, r[n]) for step, r in rows if n in r]) for n in names]
         charts += chart(title, "optimiser step", series, note)
     return section("Optimisation", f'<div class="charts">{charts}</div>') if charts else ""
 
@@ -174,9 +148,7 @@ def group_section(group: Group | None) -> str:
     )
     scale = "".join(
         f'<span class="tok l{i}">{text}</span>'
-        for i, text in enumerate(
-            ("\u2265 .80", "\u2265 .50", "\u2265 .20", "\u2265 .05", "\u2265 .01", "&lt; .01")
-        )
+        for i, text in enumerate(("\u2265 .80", "\u2265 .50", "\u2265 .20", "\u2265 .05", "\u2265 .01", "&lt; .01"))
     )
     return section(
         "One group, seen by the judge",
@@ -215,11 +187,7 @@ def work_section(truth: Truth) -> str:
         body = table(f"Time in stages, {format_seconds(whole)} in all", ["Stage", "Time", "Share"], rows)
     rows = []
     for k in truth.iterations("rollout"):
-        counts = {
-            s: truth.manifests[k, s].counts
-            for s in ("rollout", "reward", "train")
-            if (k, s) in truth.manifests
-        }
+        counts = {s: truth.manifests[k, s].counts for s in ("rollout", "reward", "train") if (k, s) in truth.manifests}
         reward = truth.manifests[k, "reward"].extra.get("reward_mean") if "reward" in counts else None
         zero = zero_std_share(counts.get("train", {}))
         rows.append([
@@ -279,8 +247,8 @@ PAGE = """<!doctype html>
 <body>
 <header><h1>{title}</h1><p>{facts}</p></header>
 <main>{body}
-<section><h2>Configuration</h2><details><summary>Everything that determined this run</summary><pre tabindex="0">{config}</pre>
-</details></section></main>
+<section><h2>Configuration</h2>
+<details><summary>Everything that determined this run</summary><pre tabindex="0">{config}</pre></details></section></main>
 </body>
 </html>
 """

@@ -21,15 +21,15 @@ def inline_image(image: np.ndarray, alt: str, side: int = 128) -> str:
     """`<img>` with the picture inside, enlarged in whole multiples without smoothing."""
     picture = upscale(image, side)
     data = base64.b64encode(png_bytes(picture)).decode()
-    return f'<img src="data:image/png;base64,{data}" width="{picture.width}" height="{picture.height}" alt="{escape(alt)}">'
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<img src="data:image/png;base64,{data}" {size} alt="{escape(alt)}">'
 
 
 def table(caption: str, header: list[str], rows: list[list[str]]) -> str:
     """Table of HTML cells with column and row headers; every cell but the first is right-aligned by the style."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
@@ -41,9 +41,7 @@ def mark(ok: bool | None) -> str:
     """A sign of correctness that does not depend on colour alone."""
     if ok is None:
         return ""
-    return (
-        '<span class="mark ok">\u2713 correct</span>' if ok else '<span class="mark no">\u2717 wrong</span>'
-    )
+    return '<span class="mark ok">\u2713 correct</span>' if ok else '<span class="mark no">\u2717 wrong</span>'
 
 
 def token_line(tokens: list[str], log_probs: list[float]) -> str:
@@ -52,9 +50,7 @@ def token_line(tokens: list[str], log_probs: list[float]) -> str:
     for token, log_prob in zip(tokens, log_probs, strict=True):
         probability = math.exp(log_prob)
         level = next(i for i, (bound, _) in enumerate(LIKELIHOOD_FILLS) if probability >= bound)
-        parts.append(
-            f'<span class="tok l{level}">{escape(visible(token))}<small>{probability:.2f}</small></span>'
-        )
+        parts.append(f'<span class="tok l{level}">{escape(visible(token))}<small>{probability:.2f}</small></span>')
     return f'<p class="tokens">{"".join(parts)}</p>'
 
 
@@ -94,9 +90,7 @@ def chart(title: str, x_label: str, series: list[Series], note: str = "") -> str
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in x_ticks:
         x = place(tick, y_low)[0]
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(tick)}</text>'
-        )
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(tick)}</text>')
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
     )
@@ -107,12 +101,9 @@ def chart(title: str, x_label: str, series: list[Series], note: str = "") -> str
             parts.append(f'<polyline class="line s{i}" points="{path}"/>')
         if len(dots) <= 40:
             parts += [_dot(i, x, y) for x, y in dots]
-    description = "; ".join(
-        f"{s.label}: {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in drawn
-    )
+    description = "; ".join(f"{s.label}: {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in drawn)
     legend = "".join(
-        f'<li><span class="key k{i}" aria-hidden="true"></span>{escape(s.label)}</li>'
-        for i, s in enumerate(drawn)
+        f'<li><span class="key k{i}" aria-hidden="true"></span>{escape(s.label)}</li>' for i, s in enumerate(drawn)
     )
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'

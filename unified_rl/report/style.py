@@ -58,8 +58,9 @@ svg .grid { stroke: var(--grid); }
 .tokens { display: flex; flex-wrap: wrap; gap: .3rem; }
 .tok { border-radius: .3rem; padding: .1rem .45rem; text-align: center; font-size: .92rem; }
 .tok small { display: block; color: inherit; font-size: .72rem; }
-.l0 { background: #2171b5; color: #fff; } .l1 { background: #6baed6; color: #000; } .l2 { background: #bdd7e7; color: #000; }
-.l3 { background: #fee0b6; color: #000; } .l4 { background: #fdae61; color: #000; } .l5 { background: #d7583c; color: #000; }
+.l0 { background: #2171b5; color: #fff; } .l1 { background: #6baed6; color: #000; }
+.l2 { background: #bdd7e7; color: #000; } .l3 { background: #fee0b6; color: #000; } .l4 { background: #fdae61; color: #000; }
+.l5 { background: #d7583c; color: #000; }
 .strip { list-style: none; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .6rem; }
 .strip small { display: block; text-align: center; }
 meter { width: 6rem; vertical-align: middle; }
@@ -68,5 +69,7 @@ pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); 
 summary { cursor: pointer; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 :focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; }
+@media (max-width: 40rem) { td small { display: block; } th, td { padding-left: .35rem; padding-right: .35rem; }
+  .pair img, .sample img { width: 100%; } .sample img { width: 7rem; } }
 @media print { .card, .pair, .sample, .chart { break-inside: avoid; } }
 """

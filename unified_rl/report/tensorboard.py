@@ -40,11 +40,11 @@ def iteration_scalars(truth: Truth, iteration: int) -> Iterator[tuple[str, float
             continue
         seconds = truth.seconds.get((stage, iteration))
         if seconds is not None:
-            yield f"time/{stage}", seconds
+            yield f"iteration/{stage}_s", seconds
             if seconds > 0 and "images" in manifest.counts:
-                yield f"throughput/{stage}_images_per_s", manifest.counts["images"] / seconds
+                yield f"iteration/{stage}_images_per_s", manifest.counts["images"] / seconds
         if stage == "reward":
-            yield "reward/failed", manifest.counts.get("failed", 0)
+            yield "iteration/failed_scores", manifest.counts.get("failed", 0)
             for name, value in manifest.extra.items():
                 if name.endswith("_mean"):
                     yield (
@@ -52,14 +52,10 @@ def iteration_scalars(truth: Truth, iteration: int) -> Iterator[tuple[str, float
                         value,
                     )
         if stage == "train":
-            yield from (
-                (f"groups/{n.removeprefix('groups_')}", c)
-                for n, c in manifest.counts.items()
-                if "groups" in n
-            )
+            yield from ((f"iteration/{n}", count) for n, count in manifest.counts.items() if n.startswith("groups_"))
             share = zero_std_share(manifest.counts)
             if share is not None:
-                yield "frac_reward_zero_std", share
+                yield "iteration/zero_std_share", share
 
 
 def zero_std_share(counts: dict[str, int]) -> float | None:
@@ -76,10 +72,10 @@ def evaluation_scalars(scores: dict) -> Iterator[tuple[str, float]]:
 
 
 def write_scalars(writer: SummaryWriter, truth: Truth) -> None:
-    """All scalars: optimiser steps under `train/` by step, the rest by iteration."""
-    for step, row in enumerate(truth.steps):
+    """All scalars: those of metrics.jsonl under their own names by optimiser step (from 1), the rest by iteration."""
+    for step, row in enumerate(truth.steps, 1):
         for name, value in numbers(row).items():
-            writer.add_scalar(f"train/{name}", value, step)
+            writer.add_scalar(name, value, step)
     for iteration in truth.iterations("rollout"):
         for name, value in iteration_scalars(truth, iteration):
             writer.add_scalar(name, value, iteration)
@@ -102,13 +98,11 @@ def write_pictures(writer: SummaryWriter, truth: Truth) -> None:
         rollouts, rewards = first_shard(truth, iteration)
         accuracy = detector_accuracy(rollouts)
         if accuracy is not None:
-            writer.add_scalar("rollout/detector_accuracy_first_shard", accuracy, iteration)
+            writer.add_scalar("iteration/detector_accuracy_first_shard", accuracy, iteration)
         group = widest_group(truth, iteration, rollouts, rewards)
         if group is not None:
             writer.add_image("group/by_advantage", pixels(group_view(group)), iteration, dataformats="HWC")
-            writer.add_image(
-                "group/token_likelihood", pixels(group_strips(group)), iteration, dataformats="HWC"
-            )
+            writer.add_image("group/token_likelihood", pixels(group_strips(group)), iteration, dataformats="HWC")
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

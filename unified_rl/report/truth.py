@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from unified_rl.config import RunConfig, load_run_config
 from unified_rl.evaluation.folder import evaluated_iterations, evaluation_folder, require_scores
 from unified_rl.evaluation.geneval import is_shapes_prompt
+from unified_rl.evaluation.scoring import by_category
 from unified_rl.ledger import Run
 from unified_rl.manifests import LedgerError, Manifest, read_manifest
 from unified_rl.records import RewardRecord, RolloutRecord
@@ -151,9 +152,7 @@ def widest_group(
     groups: dict[str, list[RolloutRecord]] = {}
     for record in rollouts:
         groups.setdefault(record.prompt.prompt_id, []).append(record)
-    scored = [
-        g for g in groups.values() if all(r.key in rewards and rewards[r.key].status == "ok" for r in g)
-    ]
+    scored = [g for g in groups.values() if all(r.key in rewards and rewards[r.key].status == "ok" for r in g)]
     if not scored:
         return None
     widest = max(scored, key=lambda g: _deviation([rewards[r.key].reward for r in g]))
@@ -165,9 +164,7 @@ def widest_group(
         score = rewards[record.key]
         advantage = (score.reward - mean) / (deviation + policy.std_eps) if live else 0.0
         log_probs = score.tensors["token_log_probs"].tolist()
-        samples.append(
-            Sample(record.image, score.reward, advantage, score.tokens, log_probs, _correct(record))
-        )
+        samples.append(Sample(record.image, score.reward, advantage, score.tokens, log_probs, _correct(record)))
     return Group(iteration, widest[0].prompt.text, sorted(samples, key=lambda s: -s.reward))
 
 
@@ -184,10 +181,9 @@ def spread(items: list, count: int) -> list:
 
 
 def pictured_prompts(scores: dict) -> list[str]:
-    """Ids of the prompts shown in pictures: the first ones of every category in turn, whatever their scores."""
-    groups: dict[str, list[str]] = {}
-    for prompt_id, outcome in scores["prompts"].items():
-        groups.setdefault(outcome.get("category", ""), []).append(prompt_id)
+    """Ids of the prompts shown in pictures: the first ones of each category, whatever their scores."""
+    prompts = scores["prompts"]
+    groups = by_category(prompts) or {"": list(prompts)}
     each = max(1, PICTURED_PROMPTS // len(groups))
     return [p for ids in groups.values() for p in _different(ids, scores)[:each]][:PICTURED_PROMPTS]
 
