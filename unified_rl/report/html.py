@@ -248,7 +248,8 @@ PAGE = """<!doctype html>
 <header><h1>{title}</h1><p>{facts}</p></header>
 <main>{body}
 <section><h2>Configuration</h2>
-<details><summary>Everything that determined this run</summary><pre tabindex="0">{config}</pre></details></section></main>
+<details><summary>Everything that determined this run</summary><pre tabindex="0">{config}</pre></details></section>
+</main>
 </body>
 </html>
 """

@@ -59,7 +59,8 @@ svg .grid { stroke: var(--grid); }
 .tok { border-radius: .3rem; padding: .1rem .45rem; text-align: center; font-size: .92rem; }
 .tok small { display: block; color: inherit; font-size: .72rem; }
 .l0 { background: #2171b5; color: #fff; } .l1 { background: #6baed6; color: #000; }
-.l2 { background: #bdd7e7; color: #000; } .l3 { background: #fee0b6; color: #000; } .l4 { background: #fdae61; color: #000; }
+.l2 { background: #bdd7e7; color: #000; } .l3 { background: #fee0b6; color: #000; }
+.l4 { background: #fdae61; color: #000; }
 .l5 { background: #d7583c; color: #000; }
 .strip { list-style: none; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .6rem; }
 .strip small { display: block; text-align: center; }

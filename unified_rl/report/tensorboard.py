@@ -45,12 +45,7 @@ def iteration_scalars(truth: Truth, iteration: int) -> Iterator[tuple[str, float
                 yield f"iteration/{stage}_images_per_s", manifest.counts["images"] / seconds
         if stage == "reward":
             yield "iteration/failed_scores", manifest.counts.get("failed", 0)
-            for name, value in manifest.extra.items():
-                if name.endswith("_mean"):
-                    yield (
-                        ("reward" if name == "reward_mean" else f"rewards/{name.removesuffix('_mean')}/mean"),
-                        value,
-                    )
+            yield from ((f"iteration/{n}", mean) for n, mean in manifest.extra.items() if n.endswith("_mean"))
         if stage == "train":
             yield from ((f"iteration/{n}", count) for n, count in manifest.counts.items() if n.startswith("groups_"))
             share = zero_std_share(manifest.counts)
