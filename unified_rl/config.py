@@ -183,9 +183,9 @@ def keys_of(schema: type, prefix: str = "") -> list[str]:
 def nearest_key(key: str) -> str:
     """The valid key that looks most like `key`, by whole path or by last part."""
     valid = keys_of(RunConfig)
-    match = difflib.get_close_matches(key, valid, n=1, cutoff=0.3)
+    typing_error = difflib.get_close_matches(key, valid, n=1, cutoff=0.85)
     same_leaf = [k for k in valid if k.split(".")[-1] == key.split(".")[-1]]
-    return (same_leaf or match or valid)[0]
+    return (typing_error or same_leaf or difflib.get_close_matches(key, valid, n=1, cutoff=0.3) or valid)[0]
 
 
 def recipe_path(recipe: str) -> Path:

@@ -1,0 +1,85 @@
+# Every target calls one launcher or one Python module. Variables:
+#   RUN        run folder                    RECIPE     name or YAML file of a recipe
+#   ITERATION  iteration of one stage        ARGS       key=value overrides, or further arguments
+#   DRY_RUN=1  print the commands only       PYTHON     interpreter that .venv is built on
+#   METHOD, BACKBONE, SEEDS                  what `make evidence` measures
+#   TORCH_INDEX_URL                          package index for torch, e.g. one with CPU wheels
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+STAMP := .venv/.installed
+PYTHON ?= python3
+METHOD ?= gvu
+BACKBONE ?= janus
+SEEDS ?= 3
+RUN_ARGUMENTS = --run "$(or $(RUN),$(error RUN is not set: add RUN=runs/NAME))"
+RECIPE_ARGUMENTS = $(if $(RECIPE),--recipe "$(RECIPE)") $(ARGS)
+STAGE_ARGUMENTS = $(RUN_ARGUMENTS) --iteration "$(or $(ITERATION),$(error ITERATION is not set: add ITERATION=0))"
+
+# The launchers use .venv; PYTHON is only for building it.
+unexport PYTHON
+export DRY_RUN METHOD BACKBONE SEEDS TORCH_INDEX_URL
+
+.PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status report \
+  clean-run evidence tiny-janus
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+	@sed -nE 's/^# ? ?(.*)/\1/p;/^$$/q' Makefile
+
+install: $(STAMP)  ## make .venv (PYTHON=..., TORCH_INDEX_URL=...); does nothing when up to date
+
+$(STAMP): setup.py constraints.txt
+	@PYTHON="$(PYTHON)" launch/install.sh
+
+test: $(STAMP)  ## run the tests that take seconds
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## run the tests that take minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)  ## ruff, and shellcheck over the launchers
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	shellcheck -x launch/*.sh .ci/run
+
+format: $(STAMP)  ## format the Python files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: $(STAMP)  ## improve the tiny Janus by its own understanding and show it: two CPU cores, minutes
+	@RUN="$(RUN)" launch/demo.sh $(ARGS)
+
+loop: $(STAMP)  ## run or continue a run: RUN=... RECIPE=... ARGS="key=value ..."
+	@launch/loop.sh $(RUN_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+rollout: $(STAMP)  ## draw the images of one iteration: RUN=... ITERATION=...
+	@launch/rollout.sh $(STAGE_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+reward: $(STAMP)  ## score the images of one iteration: RUN=... ITERATION=...
+	@launch/reward.sh $(STAGE_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+train: $(STAMP)  ## update the policy on one iteration: RUN=... ITERATION=...
+	@launch/train.sh $(STAGE_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+evaluate: $(STAMP)  ## evaluate the weights after ITERATION iterations (0: base): RUN=... ITERATION=...
+	@launch/evaluate.sh $(STAGE_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+export: $(STAMP)  ## write the tuned weights as a whole checkpoint: RUN=... ARGS="--out FOLDER"
+	$(PY) -m unified_rl.train.export $(RUN_ARGUMENTS) $(if $(ITERATION),--iteration "$(ITERATION)") $(ARGS)
+
+status: $(STAMP)  ## table of stages and iterations of a run: RUN=... (ARGS=--watch follows it)
+	@$(PY) -m unified_rl.ledger status "$(or $(RUN),$(error RUN is not set: add RUN=runs/NAME))" $(ARGS)
+
+report: $(STAMP)  ## write report.html, pictures and TensorBoard logs of a run: RUN=...
+	$(PY) -m unified_rl.report $(RUN_ARGUMENTS)
+
+clean-run:  ## delete a run folder: RUN=...
+	@RUN="$(RUN)" launch/clean_run.sh
+
+evidence: $(STAMP)  ## measure the learning claim with its control: METHOD=gvu BACKBONE=janus SEEDS=3
+	@launch/evidence.sh $(ARGS)
+
+tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: up to an hour on two cores
+	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Scores the images of one iteration under the judge: reward.workers processes of unified_rl.reward.
+# Reads   RUN/config.yaml (or --recipe NAME and key=value), RUN/iter_<K>/rollout
+# Writes  RUN/iter_<K>/reward/: shards, then manifest.json
+# Environment
+#   PYTHON     interpreter (default .venv/bin/python)
+#   DRY_RUN=1  print the commands only
+# Usage    launch/reward.sh --run RUN --iteration K [--recipe NAME] [key=value ...]
+# Example  launch/reward.sh --run runs/demo --iteration 0
+# Running it again continues; a committed iteration is left alone.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse_arguments "$@"
+require_iteration
+find_python
+config_values reward.workers
+run_workers "${CONFIG[0]}" "$PYTHON" -m unified_rl.reward "${ARGUMENTS[@]}"
