@@ -269,7 +269,10 @@ def test_second_process_is_refused_and_a_killed_one_frees_the_lock(tmp_path):
     os.read(ready, 1)
     run = open_run(tmp_path)
     try:
-        with pytest.raises(LedgerError, match=rf"already at work on rollout-0 .*process {child}"), run.lock("rollout-0"):
+        with (
+            pytest.raises(LedgerError, match=rf"already at work on rollout-0 .*process {child}"),
+            run.lock("rollout-0"),
+        ):
             pass
         with run.lock("rollout-1"):
             pass

@@ -53,7 +53,9 @@ def train_manifest(run, iteration, **extra) -> Manifest:
 
 def example(run) -> Manifest:
     info = ShardInfo("shard-00000.tar", 2, DIGEST, 10)
-    return Manifest("rollout", 3, [info], "base", run.config_hash, {"groups": 1, "images": 2}, [{"key": "a"}], {"x": 0.5})
+    return Manifest(
+        "rollout", 3, [info], "base", run.config_hash, {"groups": 1, "images": 2}, [{"key": "a"}], {"x": 0.5}
+    )
 
 
 def test_manifest_round_trip(run):
@@ -163,7 +165,7 @@ def test_manifest_in_the_wrong_place_or_of_another_configuration(run, tmp_path):
 
 
 def test_require_manifest_names_stage_and_command(run):
-    with pytest.raises(LedgerError, match=r"rollout of iteration 5 is not.*-m unified_rl\.rollout --run .* --iteration 5"):
+    with pytest.raises(LedgerError, match=r"rollout of iteration 5 .*-m unified_rl\.rollout --run .* --iteration 5"):
         run.require_manifest(5, "rollout")
 
 

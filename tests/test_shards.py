@@ -138,7 +138,7 @@ def test_an_error_of_the_producer_keeps_the_old_shard(tmp_path):
 
 def test_full_disk(tmp_path, monkeypatch):
     # The kernel's own ENOSPC on the first flushed block.
-    monkeypatch.setattr(shards, "_create", lambda path: open("/dev/full", "wb"))
+    monkeypatch.setattr(shards, "_create", lambda path: Path("/dev/full").open("wb"))
     with pytest.raises(ShardError, match=rf"{NAME} could not be written: No space left on device.*run the same"):
         write_shard(tmp_path / NAME, [("k", {"json": bytes(1 << 20)})])
     assert os.listdir(tmp_path) == []
@@ -235,7 +235,7 @@ def test_every_flipped_byte_is_refused(tmp_path):
     path = tmp_path / NAME
     info = write_shard(path, SAMPLES)
     data = path.read_bytes()
-    positions = {*range(0, 520), *range(0, len(data), 97), len(data) - 1}
+    positions = {*range(520), *range(0, len(data), 97), len(data) - 1}
     for position in sorted(positions):
         damaged = bytearray(data)
         damaged[position] ^= 1 << position % 8

@@ -89,9 +89,7 @@ def _is_finite(value: object) -> bool:
 
 def _encode(source: _Source, content: dict) -> bytes:
     try:
-        text = json.dumps(
-            {**content, "schema": SCHEMA_VERSION}, sort_keys=True, ensure_ascii=False, allow_nan=False
-        )
+        text = json.dumps({**content, "schema": SCHEMA_VERSION}, sort_keys=True, ensure_ascii=False, allow_nan=False)
         return text.encode()
     except (ValueError, TypeError) as error:
         raise RecordError(f"{source.label}: cannot be stored as JSON: {error}") from None
@@ -272,9 +270,7 @@ class RolloutRecord:
     """
 
     MEMBERS: ClassVar[tuple[str, ...]] = ("json", "png", "safetensors")
-    FIELDS: ClassVar[frozenset[str]] = frozenset(
-        ("prompt", "sample", "seed", "policy_version", "sampling", "plan")
-    )
+    FIELDS: ClassVar[frozenset[str]] = frozenset(("prompt", "sample", "seed", "policy_version", "sampling", "plan"))
 
     prompt: PromptRecord
     sample: int

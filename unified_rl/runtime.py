@@ -272,9 +272,7 @@ def stage_arguments(
     parser.add_argument("--run", required=True, metavar="RUN", help="run folder; created when it does not exist")
     parser.add_argument("--recipe", metavar="NAME", help="recipe name or YAML file; needed to create a run")
     if iteration:
-        parser.add_argument(
-            "--iteration", type=_not_negative, required=True, metavar="K", help="iteration, from 0"
-        )
+        parser.add_argument("--iteration", type=_not_negative, required=True, metavar="K", help="iteration, from 0")
     # The deepspeed launcher appends it; the rank is read from the environment.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values over the recipe's")
