@@ -1,0 +1,105 @@
+"""ZeRO-3 checkpoints of a run: which ones are whole, which one an iteration starts from, which ones go.
+
+    RUN/checkpoints/iter_0003/   files of DeepSpeed, one set per rank
+                              COMPLETE   JSON, written last: what the checkpoint is
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from unified_rl.files import fsync_folder
+from unified_rl.ledger import Run, iteration_name
+from unified_rl.manifests import encode_json, read_json, store
+from unified_rl.train.zero3 import TrainError
+
+MARKER = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Content of the marker: the state after an iteration's training.
+
+    `step` counts optimiser steps over all iterations; `counts` and `reward_mean` are for the train manifest, should
+    the process die before that is written.
+    """
+
+    iteration: int
+    step: int
+    world_size: int
+    config_hash: str
+    frozen_sha256: str
+    counts: dict[str, int]
+    reward_mean: float
+
+
+def folder_of(run: Run, iteration: int) -> Path:
+    """RUN/checkpoints/iter_0003, whether it exists or not."""
+    return run.path / "checkpoints" / iteration_name(iteration)
+
+
+def read_checkpoint(run: Run, iteration: int, world_size: int) -> Checkpoint | None:
+    """The marker of a whole checkpoint; None when there is none.
+
+    Raises:
+        TrainError: written by another number of ranks or another configuration.
+    """
+    path = folder_of(run, iteration) / MARKER
+    content = read_json(path)
+    if content is None:
+        return None
+    if set(content) != set(Checkpoint.__dataclass_fields__):
+        raise TrainError(f"{path} is not the marker of a checkpoint of this version")
+    checkpoint = Checkpoint(**content)
+    if checkpoint.config_hash != run.config_hash:
+        raise TrainError(f"{path} belongs to configuration {checkpoint.config_hash}, this run has {run.config_hash}")
+    if checkpoint.world_size != world_size:
+        raise TrainError(
+            f"{path.parent} was written by {checkpoint.world_size} ranks and cannot be continued with {world_size}: "
+            f"start training with {checkpoint.world_size} ranks (train.ranks, nodes x GPUs)"
+        )
+    return checkpoint
+
+
+def require_checkpoint(run: Run, iteration: int, world_size: int) -> Checkpoint:
+    """The checkpoint that the next iteration starts from.
+
+    Raises:
+        TrainError: it is missing.
+    """
+    checkpoint = read_checkpoint(run, iteration, world_size)
+    if checkpoint is None:
+        raise TrainError(
+            f"{folder_of(run, iteration)} is missing or unfinished, and iteration {iteration + 1} continues from it; "
+            f"if it is lost, delete {iteration_name(iteration)}/train and train that iteration again"
+        )
+    return checkpoint
+
+
+def clear_unfinished(run: Run, iteration: int) -> None:
+    """Remove what a killed process left of this iteration's checkpoint."""
+    shutil.rmtree(folder_of(run, iteration), ignore_errors=True)
+
+
+def complete(run: Run, checkpoint: Checkpoint) -> None:
+    """Make the files durable, then write the marker."""
+    folder = folder_of(run, checkpoint.iteration)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    fsync_folder(folder)
+    store(folder / MARKER, encode_json(asdict(checkpoint)))
+
+
+def delete_old(run: Run, keep: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints; unfinished ones are left alone."""
+    markers = sorted((run.path / "checkpoints").glob(f"iter_*/{MARKER}"))
+    for marker in markers[:-keep]:
+        marker.unlink()  # first: a half-deleted checkpoint must not look whole
+        shutil.rmtree(marker.parent)

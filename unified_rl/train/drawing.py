@@ -1,0 +1,86 @@
+"""The part of a backbone that training runs, as one module for the engine; and the hash of all that stays frozen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from unified_rl.backbones.base import Sampling
+from unified_rl.backbones.janus import JanusBackbone
+from unified_rl.train.zero3 import gathered
+
+
+class DrawingPath(nn.Module):
+    """The modules that draw, without image tokenizer, vision tower and text head.
+
+    They are the backbone's own module objects, so that `backbone.image_dist` runs through the engine's hooks.
+    """
+
+    def __init__(self, backbone: JanusBackbone) -> None:
+        super().__init__()
+        self.image_dist = backbone.image_dist
+        for name, module in drawing_modules(backbone.model, backbone.frozen_modules()):
+            self.add_module(name.replace(".", "__"), module)
+
+    def forward(
+        self, prompts: Sequence[str], actions: torch.Tensor, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs fp32 [B, S] of int64 actions [B, S], and entropies fp32 [B, S] without gradient."""
+        distribution = self.image_dist(prompts, actions, sampling)
+        log_probs = distribution.log_prob(actions)
+        with torch.no_grad():
+            entropy = distribution.entropy()
+        return log_probs, entropy
+
+
+def drawing_modules(module: nn.Module, frozen: Sequence[nn.Module], name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Largest sub-modules that hold none of `frozen`, with their names."""
+    if any(module is f for f in frozen):
+        return
+    inside = {id(m) for m in module.modules()}
+    if not any(id(f) in inside for f in frozen):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from drawing_modules(child, frozen, f"{name}.{child_name}" if name else child_name)
+
+
+def select_trainable(backbone: JanusBackbone, scope: str, dtype: torch.dtype) -> list[str]:
+    """Let exactly the parameters of `scope` require gradients; returns their names."""
+    names = backbone.trainable_names(scope)
+    chosen = set(names)
+    for name, parameter in backbone.model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+        if name in chosen and not hasattr(parameter, "ds_id"):
+            # The engine holds one dtype; the optimizer keeps the fp32 values.
+            parameter.data = parameter.data.to(dtype)
+    return names
+
+
+def frozen_sha256(model: nn.Module, trained: Sequence[str]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor that is not trained.
+
+    Works on partitioned weights too, one tensor at a time; all ranks must call it.
+    """
+    digest, trained = hashlib.sha256(), set(trained)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sorted(tensors.keys() - trained):
+        with gathered([tensors[name]]):
+            value = tensors[name].detach().cpu().contiguous()
+            public = name.replace(".base_layer.", ".")  # peft moves the weight that it adapts
+            digest.update(f"{public} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def whole_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """CPU copies of parameters by name, gathered one by one; all ranks must call it."""
+    parameters = dict(model.named_parameters())
+    tensors = {}
+    for name in names:
+        with gathered([parameters[name]]):
+            tensors[name] = parameters[name].detach().cpu().clone()
+    return tensors

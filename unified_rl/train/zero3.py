@@ -1,0 +1,237 @@
+"""Everything that knows DeepSpeed: the process group, ZeRO-3 configurations, the engine, gathered weights.
+
+`deepspeed` is imported inside the functions that need it: it costs seconds and reads DS_ACCELERATOR on import.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from unified_rl.config import ConfigError
+from unified_rl.runtime import Ranks, StageError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+# Set from the run's own configuration: one place for each tunable.
+INJECTED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+CLIENT_STATE = "client_state"
+
+
+class TrainError(StageError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+
+def init_process_group(ranks: Ranks, device: str) -> None:
+    """Join the ranks: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        TrainError: several ranks and no address to meet at.
+    """
+    if ranks.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise TrainError("MASTER_ADDR and MASTER_PORT are not set: start several ranks with launch/train.sh")
+    os.environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")  # 0: any free port, enough for a single rank
+    on_gpu = device.startswith("cuda")
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
+    _import_muon_uncompiled()
+    if not on_gpu:
+        # A C++ extension for collectives in shared memory, compiled at the first start; gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without its `torch.compile` decorators.
+
+    `deepspeed.initialize` imports it whatever the optimizer, and decorating loads all of torch's compiler: two seconds
+    of every start for functions that are never called here.
+    """
+    original = torch.compile
+    torch.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        torch.compile = original
+
+
+def leave_process_group() -> None:
+    """Wait for all ranks and part."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def reduced_sum(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum over the ranks."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def largest(value: float, tag: int, device: torch.device) -> tuple[float, int]:
+    """The largest `value` of all ranks and the tag that came with it."""
+    mine = torch.tensor([value, tag], dtype=torch.float64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    top = max((row.tolist() for row in rows), key=lambda row: row[0])
+    return top[0], int(top[1])
+
+
+def from_rank_zero(value: Any) -> Any:
+    """A small picklable value of rank 0, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# ---- configuration ------------------------------------------------------------------------------------------------
+
+
+def ds_config_path(name: str) -> Path:
+    """File of a DeepSpeed configuration given by name (`zero3_bf16`) or path."""
+    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
+        raise ConfigError(f"train.ds_config={name}: {path} does not exist; give one of {names}, or a path to a .json")
+    return path
+
+
+def load_ds_config(
+    name: str, dtype: str, micro_batch: int, accumulation: int, world_size: int, max_grad_norm: float
+) -> dict:
+    """A file of `ds_configs/` with the batch geometry and gradient clipping of the run.
+
+    Raises:
+        ConfigError: not ZeRO-3, another precision than `dtype`, or keys that the run's configuration sets.
+    """
+    path = ds_config_path(name)
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"train.ds_config={name}: {path} is not valid JSON: {error}") from None
+    ours = [key for key in INJECTED if key in config]
+    if ours:
+        raise ConfigError(f"{path} sets {', '.join(ours)}: remove it, the run configuration (train.*) has these")
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        raise ConfigError(f"{path}: zero_optimization.stage must be 3")
+    precision = "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"
+    if precision != dtype or config.get("fp16", {}).get("enabled"):
+        raise ConfigError(f"{path} computes in {precision}, backbone.dtype={dtype}: take another train.ds_config")
+    return {
+        **config,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,  # DeepSpeed clips at 1.0 when this is absent; 0 is off
+    }
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], ds_config: dict, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's own (compiled at first use) where the optimizer states live in host memory."""
+    settings = {"lr": 0.0, "betas": betas, "weight_decay": weight_decay}
+    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if offload == "none":
+        return torch.optim.AdamW(parameters, **settings)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+
+
+# ---- engine -------------------------------------------------------------------------------------------------------
+
+
+class Zero3Engine:
+    """A module under ZeRO-3 with AdamW; every method must be called by all ranks together."""
+
+    def __init__(
+        self, module: nn.Module, ds_config: dict, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
+    ) -> None:
+        import deepspeed
+
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = make_optimizer(parameters, ds_config, betas, weight_decay)
+        self.engine: DeepSpeedEngine = deepspeed.initialize(
+            model=module, model_parameters=parameters, optimizer=optimizer, config=ds_config
+        )[0]
+        self.world_size = dist.get_world_size()
+        used = self.engine.train_micro_batch_size_per_gpu() * self.engine.gradient_accumulation_steps() * self.world_size
+        if used != self.engine.train_batch_size():
+            raise TrainError(f"DeepSpeed set train_batch_size {self.engine.train_batch_size()}, expected {used}")
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward of the module."""
+        return self.engine(*inputs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of `loss`, a term of a sum over all micro-batches and ranks; `last` of this step."""
+        # The number of micro-batches varies from step to step, so the boundary is ours to say. DeepSpeed averages over
+        # ranks; its division by the configured number of accumulation steps is switched off.
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Update the weights; returns the gradient norm before clipping (not finite or negative: overflow)."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def save(self, folder: Path, state: dict) -> None:
+        """Write trained parameters, optimizer and `state` of all ranks into `folder`."""
+        self.engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, client_state={CLIENT_STATE: state}, save_latest=False,
+            exclude_frozen_parameters=True,
+        )  # fmt: skip
+
+    def load(self, folder: Path) -> dict:
+        """Restore what `save` wrote; returns its `state`."""
+        # Not strict: frozen weights are not in the checkpoint, they come from the base checkpoint and have a hash.
+        path, state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+        if path is None:
+            raise TrainError(f"{folder} cannot be loaded; delete it and its iteration's train stage, and train again")
+        return state[CLIENT_STATE]
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Whole values of (possibly partitioned) parameters, read-only, on all ranks."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
+        yield
