@@ -22,7 +22,7 @@ def launch(name: str, *arguments: str, cwd: Path | None = None, **extra: str) ->
     """`launch/NAME ARGUMENTS` to its end, output captured."""
     return subprocess.run(
         [str(ROOT / "launch" / name), *arguments],
-        env=environment(**extra), cwd=cwd, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+        env=environment(**extra), cwd=cwd, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if k not in OURS}
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
-        cwd=cwd, env=kept, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+        cwd=cwd, env=kept, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def fake_machine(tmp_path: Path, python: str) -> dict[str, str]:
 
 def install(tmp_path: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(tmp_path / "launch" / "install.sh")], env=environment, capture_output=True, text=True, timeout=30
+        [str(tmp_path / "launch" / "install.sh")], env=environment, capture_output=True, text=True, timeout=120
     )
 
 
