@@ -93,6 +93,9 @@ def test_differences_and_their_intervals():
     half = 1.96 * np.sqrt((0.3 * 0.7 + 0.5 * 0.5) / 1600)
     assert overall.high - overall.low == pytest.approx(2 * half, rel=0.12)
     assert overall.low < overall.change < overall.high
+    low, high = overall.base_interval
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 1600), rel=0.12)
+    assert low < overall.base < high
     assert compare_scores(base, tuned, 2000, 7) == compare_scores(base, tuned, 2000, 7)
 
 

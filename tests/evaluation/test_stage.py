@@ -1,6 +1,7 @@
 """The evaluation stage on disk, with a painter of known skill instead of a model."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -169,7 +170,7 @@ def test_summary_has_exactly_the_promised_fields(tmp_path, capsys):
     assert (summary["setup_seconds"], summary["iterations"], summary["ranks"]) == (12.5, 2, 2)
     assert summary["loop_seconds"] > 0
     printed = capsys.readouterr().out
-    for word in ("drawing, overall", "95 % interval", "before_after.png", "report.html", "tensorboard"):
+    for word in ("drawing, overall", "95 %", "before_after.png", "report.html", "tensorboard"):
         assert word in printed
 
 
@@ -185,9 +186,21 @@ def test_comparison_names_what_is_missing(tmp_path):
 def test_columns_of_the_table_are_aligned(tmp_path):
     run = finish(open_made_run(tmp_path))
     lines = table(compare(run.path), {"mean": 0.01, "low": -0.02, "high": 0.04}).splitlines()
-    ends = {line.index("..") for line in lines[1:] if ".." in line}
-    assert len(ends) == 1
+    ends = {tuple(m.start() for m in re.finditer(r"\.\.", line.split(" (")[0])) for line in lines[1:]}
+    assert len(ends) == 1 and len(ends.pop()) == 3
     assert lines[1].endswith("+0.010 (-0.020 .. +0.040)")
+
+
+def test_the_table_is_printed_when_base_and_trained_weights_are_evaluated(tmp_path, capsys):
+    run = open_made_run(tmp_path, "iterations=1")
+    evaluate(run, 0, ONE)
+    assert capsys.readouterr().out == ""
+    pretend_training(run, 0)
+    evaluate(run, 1, ONE)
+    printed = capsys.readouterr().out
+    assert "drawing, overall" in printed and "color attr" in printed
+    evaluate(run, 1, ONE)  # already committed
+    assert capsys.readouterr().out == printed
 
 
 def test_evidence_over_seeds(tmp_path):

@@ -34,11 +34,13 @@ def compare(run: Path, iteration: int | None = None) -> list[Difference]:
 
 def table(rows: list[Difference], control: dict | None = None) -> str:
     """Aligned text; `control` is a stored interval {"mean", "low", "high"} for the change of `overall`."""
-    header = ["", "base", "tuned", "change", "95 % interval"] + (["shuffled control"] if control else [])
+    header = ["", "base", "95 %", "tuned", "95 %", "change", "95 %"] + (["shuffled control"] if control else [])
     lines = [header]
     for row in rows:
-        cells = [label_of(row.name), f"{row.base:.3f}", f"{row.tuned:.3f}", f"{row.change:+.3f}"]
-        cells.append(f"{row.low:+.3f} .. {row.high:+.3f}")
+        cells = [label_of(row.name)]
+        for value, (low, high) in ((row.base, row.base_interval), (row.tuned, row.tuned_interval)):
+            cells += [f"{value:.3f}", f"{low:.3f}..{high:.3f}"]
+        cells += [f"{row.change:+.3f}", f"{row.low:+.3f}..{row.high:+.3f}"]
         if control:
             cells.append(interval(control) if row.name == "overall" else "")
         lines.append(cells)

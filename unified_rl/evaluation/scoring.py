@@ -81,9 +81,12 @@ def _mean(values) -> float:
     return float(np.mean(np.asarray(list(values), dtype=np.float64)))
 
 
+Interval = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Difference:
-    """One row of the comparison: two scores, their difference, and its 95 % interval (None without resampling)."""
+    """One row of the comparison: two scores, their difference, and 95 % intervals of all three."""
 
     name: str
     base: float
@@ -91,6 +94,8 @@ class Difference:
     change: float
     low: float
     high: float
+    base_interval: Interval
+    tuned_interval: Interval
 
 
 def paired_values(base: dict, tuned: dict) -> dict[str, dict[str, np.ndarray]]:
@@ -136,29 +141,33 @@ def check_comparable(base: dict, tuned: dict) -> None:
 
 
 def compare_scores(base: dict, tuned: dict, resamples: int, seed: int) -> list[Difference]:
-    """Differences with paired bootstrap 95 % intervals.
+    """Scores and differences with bootstrap 95 % intervals.
 
     Prompts (or questions) are resampled with replacement within their category, base and tuned together, so that what
-    they share (the prompt, the seeds) cancels. The interval spans the 2.5 and 97.5 percentiles of the difference.
+    they share (the prompt, the seeds) cancels in the difference. Intervals span the 2.5 and 97.5 percentiles.
     """
     check_comparable(base, tuned)
     rows = []
     for name, strata in paired_values(base, tuned).items():
         generator = np.random.default_rng(seed)
         means = [float(np.mean([values[i].mean() for values in strata.values()])) for i in (0, 1)]
-        draws = np.mean([_resampled(v[1] - v[0], resamples, generator) for v in strata.values()], axis=0)
-        low, high = np.percentile(draws, (2.5, 97.5))
-        rows.append(Difference(name, means[0], means[1], means[1] - means[0], float(low), float(high)))
+        draws = np.mean([_resampled(values, resamples, generator) for values in strata.values()], axis=0)
+        low, high = _interval(draws[1] - draws[0])
+        rows.append(Difference(name, *means, means[1] - means[0], low, high, _interval(draws[0]), _interval(draws[1])))
     return rows
 
 
-def _resampled(differences: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """fp64 [resamples]: means of resamples of [n] differences."""
-    means = np.empty(resamples)
-    block = max(1, 2**20 // len(differences))  # bounds the memory of the index array
+def _interval(draws: np.ndarray) -> Interval:
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _resampled(pairs: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """fp64 [2, resamples]: means of resamples of the n columns of [2, n]."""
+    means = np.empty((2, resamples))
+    n = pairs.shape[1]
+    block = max(1, 2**20 // n)  # bounds the memory of the index array
     for start in range(0, resamples, block):
         count = min(block, resamples - start)
-        means[start : start + count] = differences[
-            generator.integers(len(differences), size=(count, len(differences)))
-        ].mean(1)
+        means[:, start : start + count] = pairs[:, generator.integers(n, size=(count, n))].mean(-1)
     return means

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unified_rl.config import RunConfig, config_hash, open_run
-from unified_rl.evaluation.folder import SCORES, Marks, evaluation_folder, prompts_sha256, shard_stem
+from unified_rl.evaluation.compare import compare, table
+from unified_rl.evaluation.folder import (
+    SCORES,
+    Marks,
+    evaluated_iterations,
+    evaluation_folder,
+    prompts_sha256,
+    read_scores,
+    shard_stem,
+)
 from unified_rl.evaluation.geneval import is_shapes_prompt, write_geneval_samples
 from unified_rl.evaluation.scoring import (
     EvaluationError,
@@ -130,6 +139,8 @@ def evaluate(run: Run, iteration: int, ranks: Ranks) -> int:
                 "delete the folder and evaluate again"
             )
         log(f"evaluation of iteration {iteration} is already committed")
+        if ranks.rank == 0:
+            print_comparison(run, iteration)
         return EXIT_OK
     mine = [u for u in range(ranks.rank, plan.units, ranks.world_size) if not plan.is_done(u)]
     if mine and do_units(run, iteration, plan, mine, ranks) == EXIT_STOPPED:
@@ -139,7 +150,15 @@ def evaluate(run: Run, iteration: int, ranks: Ranks) -> int:
         append_timing(run.path, STAGE, iteration, time.monotonic() - started)
         shown = ("overall", "best_of_g", "reward_mean", "caption_ranking", "question_answering")
         log(f"iteration {iteration}: " + ", ".join(f"{n} {scores[n]:.4f}" for n in shown if n in scores))
+        print_comparison(run, iteration)
     return EXIT_OK
+
+
+def print_comparison(run: Run, iteration: int) -> None:
+    """The table of base against tuned weights, as soon as both are evaluated."""
+    trained = [k for k in evaluated_iterations(run.path) if k > 0]
+    if trained and read_scores(run.path, 0) is not None:
+        print(table(compare(run.path, iteration or trained[-1])), flush=True)
 
 
 def do_units(run: Run, iteration: int, plan: Plan, mine: list[int], ranks: Ranks) -> int:

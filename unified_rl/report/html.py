@@ -44,14 +44,27 @@ def comparison_section(truth: Truth) -> str:
         return section("Before and after", "<p>Not evaluated yet: base and trained weights are needed.</p>")
     config = truth.config
     rows = compare_scores(truth.scores[0], truth.scores[truth.last], config.evaluate.bootstrap, config.seed)
-    cells = [[escape(label_of(r.name)), f"{r.base:.3f}", f"{r.tuned:.3f}", change_cell(r)] for r in rows]
+    cells = [
+        [
+            escape(label_of(r.name)),
+            score_cell(r.base, r.base_interval),
+            score_cell(r.tuned, r.tuned_interval),
+            change_cell(r),
+        ]
+        for r in rows
+    ]
     evaluated = truth.scores[0]
     note = (
         f"{len(evaluated['prompts'])} held-out prompts, {config.evaluate.samples_per_prompt} images each, same seeds; "
-        f"weights after {truth.last} iterations. Brackets: paired bootstrap 95 % intervals over prompts or questions."
+        f"weights after {truth.last} iterations. Brackets: bootstrap 95 % intervals over prompts or questions, paired for the change."
     )
     body = highlights(rows) + table("Scores of base and tuned weights", ["Score", "Base", "Tuned", "Change"], cells)
     return section("Before and after", body + f"<p>{escape(note)}</p>" + control_text(config))
+
+
+def score_cell(value: float, bounds: tuple[float, float]) -> str:
+    """A score with its interval."""
+    return f"{value:.3f} <small>[{bounds[0]:.2f}, {bounds[1]:.2f}]</small>"
 
 
 def change_cell(row: Difference) -> str:
