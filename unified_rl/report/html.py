@@ -44,15 +44,10 @@ def comparison_section(truth: Truth) -> str:
         return section("Before and after", "<p>Not evaluated yet: base and trained weights are needed.</p>")
     config = truth.config
     rows = compare_scores(truth.scores[0], truth.scores[truth.last], config.evaluate.bootstrap, config.seed)
-    cells = [
-        [
-            escape(label_of(r.name)),
-            score_cell(r.base, r.base_interval),
-            score_cell(r.tuned, r.tuned_interval),
-            change_cell(r),
-        ]
-        for r in rows
-    ]
+    cells = []
+    for r in rows:
+        scores = (score_cell(r.base, r.base_interval), score_cell(r.tuned, r.tuned_interval))
+        cells.append([escape(label_of(r.name)), *scores, change_cell(r)])
     evaluated = truth.scores[0]
     note = (
         f"{len(evaluated['prompts'])} held-out prompts, {config.evaluate.samples_per_prompt} images each, same seeds; "
