@@ -1,0 +1,87 @@
+"""GvU's reward by one teacher-forced forward against the token-by-token product, side by side.
+
+The product is what the paper writes and what the released code runs: one full forward per prompt token over a growing
+sequence. Both sides score the same pictures; the largest relative difference of the rewards is printed beside the
+ratio of their median times.
+
+example: python benchmarks/reward.py --checkpoint unified_rl/assets/tiny_janus --images 16 --repeats 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unified_rl.backbones.janus import JanusBackbone
+from unified_rl.reward.gvu import gvu_scores
+from unified_rl.shapes.questions import random_scene
+from unified_rl.shapes.world import render
+
+QUESTION = "Describe the image in detail."
+PROMPTS = (
+    "a photo of a red circle and a blue square and a green ring",
+    "a photo of a yellow cross and a cyan diamond and a magenta triangle and a red ring",
+    "a photo of a blue ring left of a red square and a green cross above a yellow circle and a cyan diamond",
+)
+
+
+@torch.inference_mode()
+def product_loop(judge: JanusBackbone, image: np.ndarray, prompt: str) -> float:
+    """Geometric mean of next-token probabilities, one forward per token (float product, as in the paper)."""
+    length = int(judge.text_logps([image], [QUESTION], [prompt]).mask.sum())
+    ids = judge.response_ids(prompt)
+    product = 1.0
+    for j in range(length):
+        logits = judge.next_token_logits(image, QUESTION, ids[:j])
+        product *= float(logits.float().softmax(-1)[ids[j]])
+    return product ** (1 / length)
+
+
+def timed(function, repeats: int) -> tuple[float, object]:
+    """(median seconds, last result) after one warm-up call."""
+    function()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
+
+
+def main() -> None:
+    """Print one line per prompt."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=Path("unified_rl/assets/tiny_janus"))
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    judge = JanusBackbone.from_pretrained(arguments.checkpoint)
+    rng = random.Random(0)
+    images = [render(random_scene(rng, 3)) for _ in range(arguments.images)]
+    print(f"{'tokens':>6} {'one forward ms':>15} {'product ms':>11} {'ratio':>7} {'ratio/tokens':>13} {'max rel. diff':>14}")
+    for prompt in PROMPTS:
+        # One image at a time on both sides: the gain of batching comes on top.
+        fast, rewards = timed(lambda: [gvu_scores(judge, [i], [prompt], QUESTION)[0] for i in images], arguments.repeats)
+        slow, products = timed(lambda: [product_loop(judge, i, prompt) for i in images], arguments.repeats)
+        tokens = len(rewards[0].tokens)
+        worst = max(abs(r.geometric_mean - p) / p for r, p in zip(rewards, products, strict=True))
+        per_image = 1e3 / len(images)
+        ratio = slow / fast
+        print(
+            f"{tokens:6d} {fast * per_image:15.2f} {slow * per_image:11.2f} {ratio:7.1f} {ratio / tokens:13.2f} "
+            f"{worst:14.1e}"
+        )
+        assert math.isfinite(worst)
+
+
+if __name__ == "__main__":
+    main()

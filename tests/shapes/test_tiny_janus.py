@@ -1,0 +1,117 @@
+"""The shipped tiny Janus: size, layout, and the abilities that it is meant to have; and how it is made."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoProcessor, JanusForConditionalGeneration
+
+from unified_rl.backbones.janus import JanusBackbone
+from unified_rl.config import ASSETS
+from unified_rl.shapes import measure, train_janus, train_vision, train_vq
+from unified_rl.shapes.questions import EASY, HARD
+from unified_rl.shapes.tiny_janus import build_checkpoint
+from unified_rl.shapes.world import render
+
+FOLDER = ASSETS / "tiny_janus"
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return JanusBackbone.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untrained")
+    build_checkpoint(folder, seed=3)
+    return folder
+
+
+def test_size_precision_and_layout():
+    assert sum(f.stat().st_size for f in FOLDER.iterdir()) <= 12 * 2**20
+    with safe_open(FOLDER / "model.safetensors", "pt") as tensors:
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float16}  # noqa: SIM118
+    assert json.loads((FOLDER / "config.json").read_text())["architectures"] == ["JanusForConditionalGeneration"]
+    assert (FOLDER / "training.log").stat().st_size > 1000
+
+
+def test_transformers_own_classes_load_it():
+    model, info = JanusForConditionalGeneration.from_pretrained(FOLDER, output_loading_info=True)
+    assert not any(info.values())
+    processor = AutoProcessor.from_pretrained(FOLDER)
+    inputs = processor(text=["a photo of a red circle"], generation_mode="image", return_tensors="pt")
+    tokens = model.generate(**inputs, generation_mode="image", guidance_scale=5.0, do_sample=True, top_k=0)
+    assert tokens.shape == (1, 16)
+
+
+def test_it_reads_better_than_it_draws(backbone):
+    torch.set_num_threads(1)
+    drawn = measure.drawing(backbone, samples=4)
+    answered = measure.question_answering(backbone, 7, 100)
+    assert measure.caption_ranking(backbone, 7, 300) >= 0.95
+    overall = sum(drawn.values()) / 6
+    assert 0.25 <= overall <= 0.60
+    assert max(drawn.values()) < 0.95  # room in every category
+    assert sum(answered[f] for f in EASY) / 3 >= 0.90
+    assert 0.55 <= sum(answered[f] for f in HARD) / 3 <= 0.90
+
+
+def test_the_image_tokenizer_loses_nothing(backbone):
+    assert train_vq.reconstruction_accuracy(backbone.model.model.vqmodel, seed=99, count=100) >= 0.97
+    images, _ = train_vision.labelled_pictures(random.Random(5), 4)
+    _, codes, _, _ = train_vq.quantise(backbone.model.model.vqmodel, images)
+    pictures = train_vq.to_uint8(images)
+    assert torch.equal(backbone.encode_image_tokens(pictures), codes.view(4, -1))
+
+
+def test_the_same_seed_builds_the_same_checkpoint(untrained, tmp_path):
+    build_checkpoint(tmp_path, seed=3)
+    assert (tmp_path / "model.safetensors").read_bytes() == (untrained / "model.safetensors").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == (untrained / "tokenizer.json").read_bytes()
+
+
+def test_each_part_of_the_training_learns(untrained):
+    torch.set_num_threads(1)
+    lines = []
+    backbone = JanusBackbone.from_pretrained(untrained)
+    inner = backbone.model.model
+    train_vision.train_vision(inner.vision_model, 0, lines.append, steps=60)
+    train_vq.train_vq(inner.vqmodel, 0, lines.append, steps=20)
+    norms = inner.vqmodel.quantize.embedding.weight.norm(dim=1)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+    image_tokenizer = {k: v.clone() for k, v in inner.vqmodel.state_dict().items()}
+    phase = train_janus.Phase(steps=12, drawings=8, captions=4, questions=4, inventories=2, learning_rate=2e-3)
+    settings = train_janus.Settings(phases=(phase,))
+    rng = random.Random(0)
+    before = [loss.item() for loss in train_janus.joint_loss(backbone, settings, phase, rng)]
+    train_janus.train_joint(backbone, settings, 0, lines.append)
+    after = [loss.item() for loss in train_janus.joint_loss(backbone, settings, phase, rng)]
+    assert after[1] < before[1] - 0.5
+    assert after[0] < before[0]
+    assert all(torch.equal(v, image_tokenizer[k]) for k, v in inner.vqmodel.state_dict().items())
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+
+
+def test_inventory_names_every_cell():
+    from unified_rl.shapes.world import Object
+
+    scene = (Object("circle", "red"), None, None, Object("ring", "blue"))
+    assert train_janus.inventory(scene) == "red circle no no blue ring"
+    assert render(scene).shape == (32, 32, 3)
+
+
+def test_a_batch_holds_what_its_phase_says():
+    phase = train_janus.Phase(steps=1, drawings=0, captions=3, questions=5, inventories=2, learning_rate=1e-3)
+    rng = random.Random(1)
+    images, questions, answers = train_janus.reading_batch(train_janus.Settings(), phase, rng)
+    assert len(images) == len(questions) == len(answers) == 10
+    assert questions[:3] == [train_janus.DESCRIBE] * 3
+    assert questions[8:] == [train_janus.INVENTORY] * 2
+    wrong = dataclasses.replace(train_janus.Settings(), wrong_drawing_captions=0.0, hidden_drawing_captions=1.0)
+    _, pictures, hidden = train_janus.drawing_batch(wrong, 4, rng)
+    assert pictures.shape == (4, 32, 32, 3)
+    assert hidden == [True] * 4
