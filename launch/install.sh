@@ -5,7 +5,6 @@
 # Environment
 #   PYTHON           interpreter to build on, 3.10 or newer (default python3)
 #   TORCH_INDEX_URL  package index for torch alone, for instance one with CPU wheels (default: pip's configuration)
-#   EXTRAS           extras of the package (default dev; `dev,flash` adds flash-attn, which needs the CUDA toolkit)
 # Example  TORCH_INDEX_URL=https://INDEX/cpu launch/install.sh
 # Needs no GPU and builds no CUDA code. An interrupted installation is continued by the same command.
 set -euo pipefail
@@ -50,7 +49,7 @@ if [[ -n ${TORCH_INDEX_URL:-} ]]; then
   "${pip[@]}" --no-deps --index-url "$TORCH_INDEX_URL" torch
 fi
 say "installing the package and what it needs; torch is large, this can take minutes"
-"${pip[@]}" --editable ".[${EXTRAS:-dev}]"
+"${pip[@]}" --editable '.[dev]'
 .venv/bin/python -c 'import unified_rl.config, torch; print("[install] torch", torch.__version__)'
 
 echo "$((SECONDS - started))" >.venv/setup_seconds
