@@ -21,7 +21,7 @@ def test_what_a_paper_names_exists(paper: Path) -> None:
     assert set(named) <= targets
     for recipe in re.findall(r"RECIPE=(\w+)", text):
         assert (ROOT / "unified_rl" / "recipes" / f"{recipe}.yaml").is_file(), recipe
-    for module in re.findall(r"python -m (unified_rl[\w.]*)", text):
+    for module in re.findall(r"python -m (unified_rl[a-z0-9_.]*)", text):
         assert importlib.util.find_spec(module.rstrip(".")) is not None, module
     for script in re.findall(r"\b((?:data_tools|benchmarks|launch)/\w+\.(?:py|sh))", text):
         assert (ROOT / script).is_file(), script
