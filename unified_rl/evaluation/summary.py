@@ -37,6 +37,17 @@ def reward_means(run: Run) -> dict[str, float]:
     }
 
 
+def loop_seconds(run: Path) -> float:
+    """Wall-clock seconds of `launch/loop.sh`, over all the times it ran, process starts included.
+
+    Without its record (stages started by hand) the seconds that the stages measured themselves.
+    """
+    path = run / "loop_seconds"
+    if path.is_file():
+        return float(sum(int(line) for line in path.read_text().split()))
+    return round(sum(seconds_by_stage(run).values()), 3)
+
+
 def summarize(run: Run, setup_seconds: float | None = None) -> dict:
     """Content of summary.json.
 
@@ -47,7 +58,7 @@ def summarize(run: Run, setup_seconds: float | None = None) -> dict:
         "base": reported(require_scores(run.path, 0)),
         "tuned": reported(require_scores(run.path, run.config.iterations)),
         "reward": reward_means(run),
-        "loop_seconds": round(sum(seconds_by_stage(run.path).values()), 3),
+        "loop_seconds": loop_seconds(run.path),
         "setup_seconds": setup_seconds,
         "iterations": run.config.iterations,
         "ranks": run.config.train.ranks,
@@ -67,7 +78,7 @@ def closing_text(run: Run, summary: dict) -> str:
     reward = summary["reward"]
     lines.append(f"reward while training: {reward['first']:.4f} -> {reward['last']:.4f}")
     lines.append(
-        f"{summary['iterations']} iterations on {summary['ranks']} ranks: {summary['loop_seconds']:.0f} s in stages"
+        f"{summary['iterations']} iterations on {summary['ranks']} ranks: {summary['loop_seconds']:.0f} s"
     )
     for label, name in (
         ("picture", "before_after.png"),

@@ -51,7 +51,8 @@ def comparison_section(truth: Truth) -> str:
     evaluated = truth.scores[0]
     note = (
         f"{len(evaluated['prompts'])} held-out prompts, {config.evaluate.samples_per_prompt} images each, same seeds; "
-        f"weights after {truth.last} iterations. Brackets: bootstrap 95 % intervals over prompts or questions, paired for the change."
+        f"weights after {truth.last} iterations. Brackets: bootstrap 95 % intervals "
+        "over prompts or questions, paired for the change."
     )
     body = highlights(rows) + table("Scores of base and tuned weights", ["Score", "Base", "Tuned", "Change"], cells)
     return section("Before and after", body + f"<p>{escape(note)}</p>" + control_text(config))
@@ -59,7 +60,7 @@ def comparison_section(truth: Truth) -> str:
 
 def score_cell(value: float, bounds: tuple[float, float]) -> str:
     """A score with its interval."""
-    return f"{value:.3f} <small>[{bounds[0]:.2f}, {bounds[1]:.2f}]</small>"
+    return f'{value:.3f} <small class="own">[{bounds[0]:.2f}, {bounds[1]:.2f}]</small>'
 
 
 def change_cell(row: Difference) -> str:

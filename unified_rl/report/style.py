@@ -70,7 +70,8 @@ pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); 
 summary { cursor: pointer; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 :focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; }
-@media (max-width: 40rem) { td small { display: block; } th, td { padding-left: .35rem; padding-right: .35rem; }
+@media (max-width: 40rem) { td small { display: block; } td .own { display: none; } tbody th { white-space: normal; }
+  th, td { padding-left: .35rem; padding-right: .35rem; }
   .pair img, .sample img { width: 100%; } .sample img { width: 7rem; } }
 @media print { .card, .pair, .sample, .chart { break-inside: avoid; } }
 """
