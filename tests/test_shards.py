@@ -138,7 +138,7 @@ def test_an_error_of_the_producer_keeps_the_old_shard(tmp_path):
 
 def test_full_disk(tmp_path, monkeypatch):
     # The kernel's own ENOSPC on the first flushed block.
-    monkeypatch.setattr(shards, "_create", lambda path: Path("/dev/full").open("wb"))
+    monkeypatch.setattr(shards, "_create", lambda path: io.FileIO("/dev/full", "w"))
     with pytest.raises(ShardError, match=rf"{NAME} could not be written: No space left on device.*run the same"):
         write_shard(tmp_path / NAME, [("k", {"json": bytes(1 << 20)})])
     assert os.listdir(tmp_path) == []
@@ -171,7 +171,7 @@ def test_file_size_limit_of_the_system(tmp_path):
         "    print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / NAME)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program, str(tmp_path / NAME)], capture_output=True, text=True, timeout=280, check=True
     )
     assert f"{NAME} could not be written: File too large" in done.stdout
     assert done.stderr == ""
@@ -307,15 +307,20 @@ def test_path_tricks_in_names(tmp_path, name):
         read_all(path, info_of(path, 2), ("json",))
 
 
-@pytest.mark.parametrize("name", ["p" * 60 + "/" + "q" * 60 + ".json", "x" * 120 + ".json"])
-@pytest.mark.parametrize("layout", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("p" * 60 + "/" + "q" * 60 + ".json", tarfile.GNU_FORMAT),
+        ("p" * 60 + "/" + "q" * 60 + ".json", tarfile.PAX_FORMAT),
+        ("p" * 60 + "/" + "q" * 60 + ".json", tarfile.USTAR_FORMAT),
+        ("x" * 120 + ".json", tarfile.GNU_FORMAT),
+        ("x" * 120 + ".json", tarfile.PAX_FORMAT),
+    ],
+)
 def test_names_in_extension_headers_and_prefixes(tmp_path, name, layout):
     path = tmp_path / NAME
-    try:
-        with tarfile.open(path, "w", format=layout) as tar:
-            tar.addfile(tarfile.TarInfo(name))
-    except ValueError:
-        pytest.skip("the layout cannot hold the name")
+    with tarfile.open(path, "w", format=layout) as tar:
+        tar.addfile(tarfile.TarInfo(name))
     with pytest.raises(ShardError, match=rf"{NAME}.*member"):
         read_all(path, info_of(path, 1), ("json",))
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def script(name, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "data_tools" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 
 
 def pack(source, out, *more):
