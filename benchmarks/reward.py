@@ -35,13 +35,15 @@ PROMPTS = (
 @torch.inference_mode()
 def product_loop(judge: JanusBackbone, image: np.ndarray, prompt: str) -> float:
     """Geometric mean of next-token probabilities, one forward per token (float product, as in the paper)."""
-    length = int(judge.text_logps([image], [QUESTION], [prompt]).mask.sum())
-    ids = judge.response_ids(prompt)
+    ids, mask, pixels = judge.inputs.reading([image], [QUESTION])
+    response, _ = judge.inputs.responses([prompt], end_of_turn=False)
     product = 1.0
-    for j in range(length):
-        logits = judge.next_token_logits(image, QUESTION, ids[:j])
-        product *= float(logits.float().softmax(-1)[ids[j]])
-    return product ** (1 / length)
+    for token in response[0]:
+        logits = judge.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, logits_to_keep=1).logits
+        product *= float(logits[0, -1].float().softmax(-1)[token])
+        ids = torch.cat([ids, token.view(1, 1)], 1)
+        mask = torch.ones_like(ids)
+    return product ** (1 / response.shape[1])
 
 
 def timed(function, repeats: int) -> tuple[float, object]:

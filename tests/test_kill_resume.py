@@ -25,7 +25,7 @@ OVERRIDES = [
     "reward.batch_size=8",
     "train.groups_per_step=4",
     "train.micro_batch=8",
-    "evaluate.prompts=",
+    "evaluate.prompts=''",
 ]
 MEASURED = ("time/", "throughput/", "memory/")
 

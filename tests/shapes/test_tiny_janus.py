@@ -1,6 +1,5 @@
 """The shipped tiny Janus: size, layout, and the abilities that it is meant to have; and how it is made."""
 
-import dataclasses
 import json
 import random
 
@@ -14,7 +13,7 @@ from unified_rl.config import ASSETS
 from unified_rl.shapes import measure, train_janus, train_vision, train_vq
 from unified_rl.shapes.questions import EASY, HARD
 from unified_rl.shapes.tiny_janus import build_checkpoint
-from unified_rl.shapes.world import render
+from unified_rl.shapes.world import Object
 
 FOLDER = ASSETS / "tiny_janus"
 
@@ -62,7 +61,7 @@ def test_it_reads_better_than_it_draws(backbone):
 
 def test_the_image_tokenizer_loses_nothing(backbone):
     assert train_vq.reconstruction_accuracy(backbone.model.model.vqmodel, seed=99, count=100) >= 0.97
-    images, _ = train_vision.labelled_pictures(random.Random(5), 4)
+    images, _ = train_vision.labelled_pictures(random.Random(5), 4, 8)
     _, codes, _, _ = train_vq.quantise(backbone.model.model.vqmodel, images)
     pictures = train_vq.to_uint8(images)
     assert torch.equal(backbone.encode_image_tokens(pictures), codes.view(4, -1))
@@ -79,39 +78,34 @@ def test_each_part_of_the_training_learns(untrained):
     lines = []
     backbone = JanusBackbone.from_pretrained(untrained)
     inner = backbone.model.model
-    train_vision.train_vision(inner.vision_model, 0, lines.append, steps=60)
+    train_vision.train_vision(inner, backbone.tokenizer, 0, lines.append, steps=60)
+    assert float(lines[-1].split()[-1]) > 0.5  # patches with the right shape; chance is a sixth
     train_vq.train_vq(inner.vqmodel, 0, lines.append, steps=20)
     norms = inner.vqmodel.quantize.embedding.weight.norm(dim=1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
     image_tokenizer = {k: v.clone() for k, v in inner.vqmodel.state_dict().items()}
-    phase = train_janus.Phase(steps=12, drawings=8, captions=4, questions=4, inventories=2, learning_rate=2e-3)
-    settings = train_janus.Settings(phases=(phase,))
+    settings = train_janus.Settings(steps=12, drawings=8, captions=4, questions=4, learning_rate=2e-3)
     rng = random.Random(0)
-    before = [loss.item() for loss in train_janus.joint_loss(backbone, settings, phase, rng)]
-    train_janus.train_joint(backbone, settings, 0, lines.append)
-    after = [loss.item() for loss in train_janus.joint_loss(backbone, settings, phase, rng)]
+    before = [loss.item() for loss in train_janus.joint_loss(backbone, settings, rng)]
+    train_janus.train_joint(backbone, settings, lines.append)
+    after = [loss.item() for loss in train_janus.joint_loss(backbone, settings, rng)]
     assert after[1] < before[1] - 0.5
     assert after[0] < before[0]
     assert all(torch.equal(v, image_tokenizer[k]) for k, v in inner.vqmodel.state_dict().items())
     assert not any(p.requires_grad for p in backbone.model.parameters())
 
 
-def test_inventory_names_every_cell():
-    from unified_rl.shapes.world import Object
-
-    scene = (Object("circle", "red"), None, None, Object("ring", "blue"))
-    assert train_janus.inventory(scene) == "red circle no no blue ring"
-    assert render(scene).shape == (32, 32, 3)
-
-
-def test_a_batch_holds_what_its_phase_says():
-    phase = train_janus.Phase(steps=1, drawings=0, captions=3, questions=5, inventories=2, learning_rate=1e-3)
-    rng = random.Random(1)
-    images, questions, answers = train_janus.reading_batch(train_janus.Settings(), phase, rng)
-    assert len(images) == len(questions) == len(answers) == 10
+def test_a_batch_holds_what_the_settings_say():
+    settings = train_janus.Settings(drawings=4, captions=3, questions=5, hidden_drawing_captions=1.0)
+    images, questions, answers = train_janus.reading_batch(settings, random.Random(1))
+    assert len(images) == len(questions) == len(answers) == 8
     assert questions[:3] == [train_janus.DESCRIBE] * 3
-    assert questions[8:] == [train_janus.INVENTORY] * 2
-    wrong = dataclasses.replace(train_janus.Settings(), wrong_drawing_captions=0.0, hidden_drawing_captions=1.0)
-    _, pictures, hidden = train_janus.drawing_batch(wrong, 4, rng)
-    assert pictures.shape == (4, 32, 32, 3)
-    assert hidden == [True] * 4
+    prompts, pictures, hidden = train_janus.drawing_batch(settings, random.Random(1))
+    assert (len(prompts), pictures.shape, hidden) == (4, (4, 32, 32, 3), [True] * 4)
+
+
+def test_patch_labels_by_hand():
+    scene = (Object("circle", "red"), None, None, Object("ring", "blue"))
+    colors, shapes = train_vision.patch_labels(scene, 8).reshape(2, 4, 4)
+    assert colors.tolist() == [[0, 0, -1, -1]] * 2 + [[-1, -1, 2, 2]] * 2
+    assert shapes.tolist() == [[0, 0, -1, -1]] * 2 + [[-1, -1, 5, 5]] * 2

@@ -69,7 +69,8 @@ def reward(run: Run, iteration: int, ranks: Ranks) -> int:
     manifest = run.commit_if_complete(iteration, STAGE, len(source.shards), source.policy_version)
     if manifest is not None:
         append_timing(run.path, STAGE, iteration, time.monotonic() - started)
-        log(f"iteration {iteration}: {manifest.counts['images']} images, mean reward {manifest.extra['reward_mean']:.4f}")
+        mean = manifest.extra["reward_mean"]
+        log(f"iteration {iteration}: {manifest.counts['images']} images, mean reward {mean:.4f}")
     return EXIT_OK
 
 
@@ -180,7 +181,7 @@ def check_failures(run: Run, iteration: int, source: Manifest) -> None:
     if len(groups) > allowed:
         shown = "; ".join(f"{f['key']}: {f['reason']}" for f in failures[:SHOWN_FAILURES])
         raise RewardError(
-            f"{len(groups)} of {source.counts['groups']} groups of iteration {iteration} have a failed score, more than "
-            f"reward.max_failed_share={run.config.reward.max_failed_share} allows. First: {shown}. Mend the cause, delete "
-            f"{run.stage_folder(iteration, STAGE)} and run the stage again"
+            f"{len(groups)} of {source.counts['groups']} groups of iteration {iteration} have a failed score, more "
+            f"than reward.max_failed_share={run.config.reward.max_failed_share} allows. First: {shown}. Mend the "
+            f"cause, delete {run.stage_folder(iteration, STAGE)} and run the stage again"
         )

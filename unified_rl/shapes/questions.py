@@ -48,13 +48,13 @@ def _existence(rng: random.Random) -> tuple[Scene, str, str]:
 
 
 def _color(rng: random.Random) -> tuple[Scene, str, str]:
-    shapes = rng.sample(SHAPES, rng.randint(1, 3))
+    shapes = rng.sample(SHAPES, rng.randint(2, 3))
     objects = [random_object(rng, s) for s in shapes]
     return _place(rng, objects), f"what color is the {shapes[0]}?", objects[0].color
 
 
 def _shape(rng: random.Random) -> tuple[Scene, str, str]:
-    colors = rng.sample(tuple(COLORS), rng.randint(1, 3))
+    colors = rng.sample(tuple(COLORS), rng.randint(2, 3))
     objects = [random_object(rng, color=c) for c in colors]
     return _place(rng, objects), f"what shape is the {colors[0]} object?", objects[0].shape
 

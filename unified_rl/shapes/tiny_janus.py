@@ -32,10 +32,7 @@ PATCH = IMAGE_SIZE // TOKENS_A_SIDE
 VOCABULARY = 640  # enough merges to make every word of the world one token
 CODES = 128
 HIDDEN = 160
-# Of the aligner's last layer: pictures then speak louder than words at first, and reading is learnt many times sooner.
-VISION_SCALE = 8.0
 DESCRIBE = "Describe the image in detail."
-INVENTORY = "what objects are there?"
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 IMAGE, IMAGE_START, IMAGE_END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
 CHAT_TEMPLATE = (
@@ -132,9 +129,6 @@ def build_checkpoint(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = JanusForConditionalGeneration(build_config(tokenizer))
-    with torch.no_grad():
-        for layer in model.model.aligner.hidden_layers:
-            layer.weight.mul_(VISION_SCALE)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

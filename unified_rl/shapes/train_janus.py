@@ -23,24 +23,12 @@ import torch
 from unified_rl.backbones.base import Sampling
 from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.shapes import measure
-from unified_rl.shapes.prompts import CELLS, random_metadata, scene_for
-from unified_rl.shapes.questions import make_question, random_scene
-from unified_rl.shapes.tiny_janus import DESCRIBE, INVENTORY, build_checkpoint
+from unified_rl.shapes.prompts import random_metadata, scene_for
+from unified_rl.shapes.questions import make_question
+from unified_rl.shapes.tiny_janus import DESCRIBE, build_checkpoint
 from unified_rl.shapes.train_vision import train_vision
 from unified_rl.shapes.train_vq import train_vq
-from unified_rl.shapes.world import Scene, render
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One cycle of joint training: steps and what each of them holds."""
-
-    steps: int
-    drawings: int
-    captions: int
-    questions: int
-    inventories: int  # questions for everything that is in the picture; dense supervision of reading
-    learning_rate: float
+from unified_rl.shapes.world import render
 
 
 @dataclass(frozen=True)
@@ -48,11 +36,12 @@ class Settings:
     """Everything that determines the checkpoint."""
 
     seed: int = 0
-    phases: tuple[Phase, ...] = (
-        Phase(steps=2000, drawings=48, captions=20, questions=24, inventories=0, learning_rate=1.2e-3),
-        Phase(steps=1800, drawings=40, captions=8, questions=40, inventories=8, learning_rate=1.0e-3),
-    )
-    wrong_drawing_captions: float = 0.15  # share of drawings whose caption belongs to another picture
+    steps: int = 2200
+    drawings: int = 56  # per step
+    captions: int = 10
+    questions: int = 26
+    learning_rate: float = 1.2e-3
+    wrong_drawing_captions: float = 0.1  # share of drawings whose caption belongs to another picture
     hidden_drawing_captions: float = 0.1  # for classifier-free guidance
     # How often each family is asked; the hard ones rarely, so that reading leaves room for gains and losses.
     family_weights: tuple[tuple[str, float], ...] = (
@@ -65,118 +54,87 @@ class Settings:
     )
 
 
-def drawing_batch(settings: Settings, count: int, rng: random.Random) -> tuple[list[str], np.ndarray, list[bool]]:
+def drawing_batch(settings: Settings, rng: random.Random) -> tuple[list[str], np.ndarray, list[bool]]:
     """Prompts, uint8 [B, H, W, 3] pictures, and which prompts are hidden; a share of the prompts is wrong."""
-    metadata = [random_metadata(rng) for _ in range(count)]
+    metadata = [random_metadata(rng) for _ in range(settings.drawings)]
     images = np.stack([render(scene_for(m, rng)) for m in metadata])
     wrong = [rng.random() < settings.wrong_drawing_captions for _ in metadata]
     prompts = [(random_metadata(rng) if w else m)["prompt"] for w, m in zip(wrong, metadata, strict=True)]
     return prompts, images, [rng.random() < settings.hidden_drawing_captions for _ in metadata]
 
 
-def inventory(scene: Scene) -> str:
-    """What lies in each cell, in reading order: `red circle no blue ring no`."""
-    return " ".join("no" if item is None else f"{item.color} {item.shape}" for item in scene)
-
-
-def reading_batch(
-    settings: Settings, phase: Phase, rng: random.Random
-) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """Pictures, questions and answers: captions, then questions, then inventories."""
+def reading_batch(settings: Settings, rng: random.Random) -> tuple[list[np.ndarray], list[str], list[str]]:
+    """Pictures, questions and answers: captions first, then questions."""
     families, weights = zip(*settings.family_weights, strict=True)
     images, questions, answers = [], [], []
-    for _ in range(phase.captions):
+    for _ in range(settings.captions):
         metadata = random_metadata(rng)
         images.append(render(scene_for(metadata, rng)))
         questions.append(DESCRIBE)
         answers.append(metadata["prompt"])
-    for family in rng.choices(families, weights, k=phase.questions):
+    for family in rng.choices(families, weights, k=settings.questions):
         asked = make_question(family, rng)
         images.append(render(asked.scene))
         questions.append(asked.question)
         answers.append(asked.answer)
-    for _ in range(phase.inventories):
-        scene = random_scene(rng, rng.randint(1, CELLS))
-        images.append(render(scene))
-        questions.append(INVENTORY)
-        answers.append(inventory(scene))
     return images, questions, answers
 
 
-def joint_loss(
-    backbone: JanusBackbone, settings: Settings, phase: Phase, rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
+def joint_loss(backbone: JanusBackbone, settings: Settings, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean negative log-likelihoods (nats per token) of drawn codes and of written answers."""
-    prompts, pictures, hidden = drawing_batch(settings, phase.drawings, rng)
+    prompts, pictures, hidden = drawing_batch(settings, rng)
     codes = backbone.encode_image_tokens(pictures)
     draw = -backbone.image_dist(prompts, codes, Sampling(), dropped=hidden).log_prob(codes).mean()
-    score = backbone.text_logps(*reading_batch(settings, phase, rng), end_of_turn=True)
+    score = backbone.text_logps(*reading_batch(settings, rng), end_of_turn=True)
     read = -(score.log_probs * score.mask).sum() / score.mask.sum()
     return draw, read
 
 
-def train_joint(backbone: JanusBackbone, settings: Settings, number: int, log: Callable[[str], None]) -> None:
-    """Run phase `number`: train everything but the image tokenizer."""
-    phase = settings.phases[number]
-    rng = random.Random(f"joint-{settings.seed}-{number}")
+def train_joint(backbone: JanusBackbone, settings: Settings, log: Callable[[str], None]) -> None:
+    """Train everything but the image tokenizer."""
+    rng = random.Random(f"joint-{settings.seed}")
     model = backbone.model.requires_grad_(True)
     model.model.vqmodel.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, phase.learning_rate, total_steps=phase.steps, pct_start=0.1
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
     )
-    for step in range(1, phase.steps + 1):
-        draw, read = joint_loss(backbone, settings, phase, rng)
+    for step in range(1, settings.steps + 1):
+        draw, read = joint_loss(backbone, settings, rng)
         optimizer.zero_grad(set_to_none=True)
         (draw + read).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            log(f"phase {number} step {step}/{phase.steps} drawing {draw.item():.3f} reading {read.item():.3f}")
-        if step % 400 == 0 and step < phase.steps:
+            log(f"joint step {step}/{settings.steps} drawing {draw.item():.3f} reading {read.item():.3f}")
+        if step % 400 == 0 and step < settings.steps:
             log(measure.one_line(measure.abilities(backbone, questions=60, captions=96, samples=1)))
     model.requires_grad_(False)
 
 
 def train_eyes(backbone: JanusBackbone, settings: Settings, eyes_from: Path | None, log: Callable[[str], None]) -> None:
-    """Train the image tokenizer and the vision tower, or take both from the checkpoint `eyes_from`."""
+    """Train image tokenizer, vision tower and aligner, or take them from the checkpoint `eyes_from`."""
     inner = backbone.model.model
     if eyes_from is None:
         train_vq(inner.vqmodel, settings.seed, log)
-        train_vision(inner.vision_model, settings.seed, log)
+        train_vision(inner, backbone.tokenizer, settings.seed, log)
         return
     other = JanusBackbone.from_pretrained(eyes_from).model.model
-    inner.vqmodel.load_state_dict(other.vqmodel.state_dict())
-    inner.vision_model.load_state_dict(other.vision_model.state_dict())
+    for name in ("vqmodel", "vision_model", "aligner"):
+        getattr(inner, name).load_state_dict(getattr(other, name).state_dict())
 
 
-def store(backbone: JanusBackbone, folder: Path) -> JanusBackbone:
-    """Write fp16 safetensors with tokenizer and processor; returns the model as it will be read."""
+def make(folder: Path, settings: Settings, eyes_from: Path | None, log: Callable[[str], None]) -> None:
+    """Train a checkpoint and leave it in `folder` as fp16 safetensors with tokenizer and processor."""
+    build_checkpoint(folder, settings.seed)
+    backbone = JanusBackbone.from_pretrained(folder)
+    train_eyes(backbone, settings, eyes_from, log)
+    train_joint(backbone, settings, log)
     backbone.model.half().save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
-    return JanusBackbone.from_pretrained(folder)
-
-
-def make(
-    work: Path, settings: Settings, eyes_from: Path | None, continue_from: Path | None, log: Callable[[str], None]
-) -> None:
-    """Train a checkpoint in the folder `work`.
-
-    Args:
-        continue_from: a checkpoint after the first phase, instead of training one.
-    """
-    if continue_from is None:
-        build_checkpoint(work, settings.seed)
-        backbone = JanusBackbone.from_pretrained(work)
-        train_eyes(backbone, settings, eyes_from, log)
-    else:
-        backbone = JanusBackbone.from_pretrained(continue_from)
-    for number in range(0 if continue_from is None else 1, len(settings.phases)):
-        train_joint(backbone, settings, number, log)
-        backbone = store(backbone, work)
-        log(measure.one_line(measure.abilities(backbone)))
+    log(measure.one_line(measure.abilities(JanusBackbone.from_pretrained(folder))))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -190,8 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (part of the result)")
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--eyes-from", type=Path, help="reuse image tokenizer and vision tower of this checkpoint")
-    parser.add_argument("--continue-from", type=Path, help="checkpoint after the first phase; do the others")
+    parser.add_argument("--eyes-from", type=Path, help="reuse image tokenizer, tower and aligner of this checkpoint")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
@@ -206,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     log(repr(settings))
     # Made elsewhere and copied at the end: a run that is interrupted leaves the old checkpoint whole.
     with tempfile.TemporaryDirectory() as work:
-        make(Path(work), settings, arguments.eyes_from, arguments.continue_from, log)
+        make(Path(work), settings, arguments.eyes_from, log)
         arguments.out.mkdir(parents=True, exist_ok=True)
         for file in Path(work).iterdir():
             shutil.copyfile(file, arguments.out / file.name)

@@ -34,7 +34,8 @@ def quantise(vq: JanusVQVAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.
     book = F.normalize(vq.quantize.embedding.weight, dim=1)
     codes = (flat @ book.T).argmax(1)
     chosen = book[codes].view(z.shape[0], z.shape[2], z.shape[3], -1).permute(0, 3, 1, 2)
-    commitment = COMMITMENT * (z - chosen.detach()).square().sum(1).mean() + (z.detach() - chosen).square().sum(1).mean()
+    commitment = COMMITMENT * (z - chosen.detach()).square().sum(1).mean()
+    commitment = commitment + (z.detach() - chosen).square().sum(1).mean()
     return flat.detach(), codes, z + (chosen - z).detach(), commitment
 
 
