@@ -38,10 +38,11 @@ def loop_command(run: Path, prompts: Path) -> list[str]:
 def run_loop(run: Path, prompts: Path, kill_after: float | None = None) -> tuple[int, float]:
     """(exit code, seconds); with `kill_after` the group dies by SIGKILL after so many seconds."""
     start = time.monotonic()
-    log = open(run.parent / f"{run.name}.log", "ab")
-    with log, subprocess.Popen(
-        loop_command(run, prompts), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    streams = {"stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    with (
+        open(run.parent / f"{run.name}.log", "ab") as log,
+        subprocess.Popen(loop_command(run, prompts), stdout=log, start_new_session=True, **streams) as process,
+    ):
         try:
             code = process.wait(kill_after or 600)
         except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
 """Typed run configuration: one dataclass field per tunable, strict loading, frozen per run.
 
 A recipe is a YAML file in `unified_rl/recipes/` (or a path to one); `extends: [NAME, ...]` starts it from others,
-later ones winning. It is merged into the dataclasses below, then `key=value` overrides are applied. Unknown keys, wrong types and impossible combinations
-raise `ConfigError`. The resolved configuration is written once to `RUN/config.yaml`.
+later ones winning. It is merged into the dataclasses below, then `key=value` overrides are applied. Unknown keys,
+wrong types and impossible combinations raise `ConfigError`. The resolved configuration is written once to `RUN/config.yaml`.
 """
 
 from __future__ import annotations

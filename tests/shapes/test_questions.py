@@ -28,7 +28,8 @@ def truth(question):
         place = {item.shape: (row, column) for row, column, item in cells}
         (r1, c1), (r2, c2) = place[words[2]], place[words[-1]]
         relation = " ".join(words[3 : words.index("the", 3)])
-        return "yes" if {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}[relation] else "no"
+        true = {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}[relation]
+        return "yes" if true else "no"
     first, second = words[3], words[6]
     more = sum(item.color == first for *_, item in cells) > sum(item.color == second for *_, item in cells)
     return "yes" if more else "no"
