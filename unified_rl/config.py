@@ -2,7 +2,8 @@
 
 A recipe is a YAML file in `unified_rl/recipes/` (or a path to one); `extends: [NAME, ...]` starts it from others,
 later ones winning. It is merged into the dataclasses below, then `key=value` overrides are applied. Unknown keys,
-wrong types and impossible combinations raise `ConfigError`. The resolved configuration is written once to `RUN/config.yaml`.
+wrong types and impossible combinations raise `ConfigError`. The resolved configuration is written once to
+`RUN/config.yaml`.
 """
 
 from __future__ import annotations
