@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.config import BackboneConfig, checkpoint_path
@@ -21,6 +22,7 @@ def load_backbone(
         local_rank: which GPU of this machine to use.
         ds_config: DeepSpeed configuration; the weights are then partitioned over the ranks as they are read.
     """
+    transformers_logging.disable_progress_bar()  # one bar per worker and start says nothing in a log
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
