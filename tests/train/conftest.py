@@ -84,7 +84,7 @@ def train_with(ranks: int, out: Path, *scenarios: str) -> list:
         for r in range(ranks)
     ]
     try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
+        errors = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

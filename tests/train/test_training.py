@@ -21,6 +21,7 @@ from tests.train.conftest import (
     open_scored_run,
     train_with,
 )
+from unified_rl.backbones.base import Sampling
 from unified_rl.backbones.load import load_backbone
 from unified_rl.files import sha256_file
 from unified_rl.policy.grpo import grpo_loss
@@ -31,9 +32,10 @@ from unified_rl.train.batching import global_batches
 from unified_rl.train.checkpoints import folder_of, read_checkpoint
 from unified_rl.train.drawing import frozen_sha256
 from unified_rl.train.export import export_checkpoint
+from unified_rl.train.samples import load_iteration
 from unified_rl.train.zero3 import TrainError
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 VOLATILE = ("time/", "throughput/", "memory/")
 
 
@@ -70,6 +72,7 @@ def two_ranks(scored_run, tmp_path_factory):
     result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "took" in result.stderr  # a plain progress line
+    assert run.read_status()["world_size"] == 2
     draw_and_score(run, 1)
     return run
 
@@ -115,8 +118,10 @@ def plain_training(run):
     """The same two steps in plain PyTorch: one process, whole batches, torch's own clipping and AdamW."""
     config = run.config
     backbone = load_backbone(config.backbone)
-    rollouts = {r.key: r for r in read_records(run.stage_folder(0, "rollout"), run.manifest(0, "rollout"), RolloutRecord)}
-    rewards = {r.key: r for r in read_records(run.stage_folder(0, "reward"), run.manifest(0, "reward"), RewardRecord)}
+    rollouts, rewards = (
+        {r.key: r for r in read_records(run.stage_folder(0, stage), run.manifest(0, stage), kind)}
+        for stage, kind in (("rollout", RolloutRecord), ("reward", RewardRecord))
+    )
     groups = [[f"p{i}_{j:02d}" for j in range(GROUP_SIZE)] for i in dict.fromkeys(k[1:-3] for k in rollouts)]
     named = dict(backbone.model.named_parameters())
     trained = {name: named[name].requires_grad_() for name in backbone.trainable_names("full")}
@@ -128,10 +133,8 @@ def plain_training(run):
         advantages = []
         for group in step:
             values = [rewards[key].reward for key in groups[group]]
-            advantages += [(v - statistics.mean(values)) / statistics.stdev(values) for v in values]
+            advantages += [(v - statistics.mean(values)) / (statistics.stdev(values) + 1e-8) for v in values]
         actions = torch.stack([rollouts[key].tensors["actions"] for key in keys])
-        from unified_rl.backbones.base import Sampling
-
         log_probs = backbone.image_dist([rollouts[k].prompt.text for k in keys], actions, Sampling()).log_prob(actions)
         loss, _ = grpo_loss(
             log_probs,
@@ -161,14 +164,17 @@ def test_two_ranks_equal_plain_pytorch(two_ranks):
     moved = {name: weights[name] - base[name] for name in weights}
     assert all(bool(delta.any()) for delta in moved.values())
     assert distance(moved, {name: expected[name] - base[name] for name in weights}) < 0.01
-    assert [row["grad_norm"] for row in metrics_of(two_ranks)] == pytest.approx(norms, rel=1e-4)
+    assert [row["grad_norm"] for row in metrics_of(two_ranks)] == pytest.approx(norms, rel=1e-5)
     assert max(norms) > 1.0  # so that clipping has been at work
 
 
 def test_ranks_do_not_change_the_result(two_ranks, scored_run, tmp_path):
     weights, rows = weights_of(two_ranks), metrics_of(two_ranks)
     wrong = copy_run(scored_run, tmp_path / "wrong")
-    pretend_other_weights(wrong, "p3_02")
+    order = global_batches(range(6), 3, [sample_seed(wrong.config.seed, 0, "order", 0)])
+    data = load_iteration(wrong, 0)
+    key = data.samples[data.groups[order[0][1]][2]].key  # in the first optimiser step
+    pretend_other_weights(wrong, key)
     for ranks in (1, 3):
         run = copy_run(scored_run, tmp_path / f"{ranks}")
         extra = [f"{wrong.path}:0"] if ranks == 1 else []
@@ -178,7 +184,7 @@ def test_ranks_do_not_change_the_result(two_ranks, scored_run, tmp_path):
         for row, expected in zip(metrics_of(run), rows, strict=True):
             assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
         if ranks == 1:
-            assert codes[1].startswith("TrainError") and "sample p3_02" in codes[1]
+            assert codes[1].startswith("TrainError") and f"sample {key}" in codes[1]
             assert wrong.manifest(0, "train") is None and not folder_of(wrong, 0).exists()
 
 
@@ -208,12 +214,11 @@ def test_metrics_and_manifest(two_ranks):
     assert manifest.extra["policy_sha256"] == policy_bytes(two_ranks, 0)
     assert manifest.extra["reward_mean"] == pytest.approx(two_ranks.manifest(0, "reward").extra["reward_mean"])
     assert two_ranks.current_policy(1)[1] == f"0000-{policy_bytes(two_ranks, 0)[:12]}"
-    assert two_ranks.read_status()["world_size"] == 2
 
 
 def test_only_the_drawing_path_is_exported_and_nothing_else_moves(two_ranks):
     weights = weights_of(two_ranks)
-    assert weights and all("vqmodel" not in n and "vision" not in n and "lm_head" not in n for n in weights)
+    assert weights and all("vqmodel" not in n and "vision_model" not in n and "lm_head" not in n for n in weights)
     backbone = load_backbone(two_ranks.config.backbone)
     before = frozen_sha256(backbone.model, backbone.trainable_names("full"))
     backbone.load_policy(two_ranks.policy_folder(0))

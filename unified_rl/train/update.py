@@ -67,8 +67,8 @@ class Updater:
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad or metrics["grad_norm"] < 0:
             raise TrainError(
-                f"optimiser step {number + 1}: {', '.join(bad) or 'grad_norm'} is not finite; nothing of this iteration "
-                "was stored. Lower train.learning_rate in a new run"
+                f"optimiser step {number + 1}: {', '.join(bad) or 'grad_norm'} is not finite; nothing of this "
+                "iteration was stored. Lower train.learning_rate in a new run"
             )
         seconds = time.perf_counter() - started
         return {

@@ -190,9 +190,9 @@ class Zero3Engine:
             model=module, model_parameters=parameters, optimizer=optimizer, config=ds_config
         )[0]
         self.world_size = dist.get_world_size()
-        used = self.engine.train_micro_batch_size_per_gpu() * self.engine.gradient_accumulation_steps() * self.world_size
-        if used != self.engine.train_batch_size():
-            raise TrainError(f"DeepSpeed set train_batch_size {self.engine.train_batch_size()}, expected {used}")
+        micro, accumulation = self.engine.train_micro_batch_size_per_gpu(), self.engine.gradient_accumulation_steps()
+        if micro * accumulation * self.world_size != self.engine.train_batch_size():
+            raise TrainError(f"DeepSpeed set train_batch_size {self.engine.train_batch_size()}, the ranks make another")
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward of the module."""
