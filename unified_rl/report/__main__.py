@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in (write_before_after(truth), write_report(truth), write_tensorboard(truth)):
         if path is not None:
             print(path)
+    if truth.run.manifest(truth.config.iterations - 1, "train") is not None:
+        truth.run.write_status(state="finished", iteration=truth.config.iterations)
     return EXIT_OK
 
 
