@@ -19,7 +19,7 @@ import torch
 
 from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.backbones.load import load_backbone
-from unified_rl.config import RunConfig, open_run
+from unified_rl.config import RunConfig
 from unified_rl.files import atomic_write_bytes
 from unified_rl.ledger import Run
 from unified_rl.manifests import Manifest
@@ -29,13 +29,11 @@ from unified_rl.runtime import (
     EXIT_STOPPED,
     Ranks,
     StopRequest,
-    current_ranks,
     enable_determinism,
     log,
     progress,
     sample_seed,
     set_cpu_threads,
-    stage_arguments,
 )
 from unified_rl.train import checkpoints, zero3
 from unified_rl.train.batching import global_batches, micro_batches_per_rank
@@ -48,14 +46,6 @@ from unified_rl.train.zero3 import TrainError, Zero3Engine
 
 STAGE = "train"
 METRICS = "metrics.jsonl"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line of the stage; one process per rank."""
-    example = "deepspeed --num_gpus 2 --no_local_rank --module unified_rl.train --run runs/demo --iteration 0"
-    arguments = stage_arguments(STAGE, example, argv)
-    config = open_run(arguments.run, arguments.recipe, arguments.overrides)
-    return train(Run(arguments.run, config), arguments.iteration, current_ranks())
 
 
 def train(run: Run, iteration: int, ranks: Ranks) -> int:
