@@ -219,5 +219,7 @@ def test_activation_checkpointing_gives_the_same_gradients(random_janus_folder, 
         backbone.model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
         results.append(gradients(backbone))
         assert len(calls) == (2 if checkpointing else 1)
+    with pytest.raises(BackboneError, match="activation checkpointing"):
+        backbone.rollout_images(PROMPTS, [0, 1], GUIDED)
     plain, checkpointed = results
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)

@@ -139,7 +139,7 @@ class JanusBackbone:
         self.lora = (rank, alpha)
 
     def enable_activation_checkpointing(self) -> None:
-        """Recompute the language model's layers in the backward pass instead of keeping their activations."""
+        """Recompute the language model's layers in the backward pass; rollouts are refused from then on (no cache)."""
         self.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in self.model.model.language_model.layers:
             layer.training = True  # of the layer alone: transformers checkpoints only layers in training mode

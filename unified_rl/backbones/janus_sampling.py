@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, JanusForConditionalGeneration, StaticCache
 
-from unified_rl.backbones.base import Categorical, ImageTraj, Sampling, inverse_cdf, uniform_streams
+from unified_rl.backbones.base import BackboneError, Categorical, ImageTraj, Sampling, inverse_cdf, uniform_streams
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -33,11 +33,16 @@ class PrefixDecoder:
 
     Attributes:
         hidden: [P * repeats, D], the last layer's output after the newest token.
+
+    Raises:
+        BackboneError: the model recomputes activations, which excludes a cache.
     """
 
     def __init__(
         self, language_model: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, repeats: int, new_tokens: int
     ) -> None:
+        if any(layer.training for layer in language_model.layers):  # transformers would drop the cache without a word
+            raise BackboneError("activation checkpointing keeps no key-value cache; sample before switching it on")
         self.language_model = language_model
         self.length = mask.shape[1]
         positions = positions_of(mask)
