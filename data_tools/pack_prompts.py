@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from pathlib import Path
 
-from unified_rl.manifests import LedgerError, Manifest, read_manifest, reject_constant, write_manifest
+from unified_rl.manifests import LedgerError, Manifest, read_manifest, strict_json, write_manifest
 from unified_rl.records import PROMPT_ID, PromptRecord, RecordError
 from unified_rl.runtime import EXIT_OK, StageError, log, run_stage, set_stage
 from unified_rl.shards import load_prompts, write_records
@@ -36,7 +35,7 @@ def prompt_id_of(text: str) -> str:
 def parse_json_line(line: str, where: str) -> PromptRecord:
     """Prompt of one JSONL line."""
     try:
-        fields = json.loads(line, parse_constant=reject_constant)
+        fields = strict_json(line)
     except (ValueError, RecursionError) as error:
         raise PromptFileError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("text", fields.get("prompt")), str):

@@ -190,6 +190,15 @@ def test_non_finite_reward_in_the_file():
             RewardRecord.from_members("p-1_03", broken, "s.tar")
 
 
+@pytest.mark.parametrize("bad", [b"NaN", b"-Infinity", b"1e999", b"-1e999"])
+def test_non_finite_numbers_anywhere_in_the_file(bad):
+    members = rollout(sampling={"temperature": 0.125}).to_members()
+    broken = {**members, "json": members["json"].replace(b"0.125", bad)}
+    assert broken["json"] != members["json"]
+    with pytest.raises(RecordError, match=r"key p-1_03: \.json is not valid: .* is not a finite number"):
+        read_rollout(broken)
+
+
 def test_unknown_and_missing_fields_and_members():
     members = rollout().to_members()
     with pytest.raises(RecordError, match="unknown field colour"):

@@ -85,9 +85,20 @@ def store(path: Path, data: bytes) -> None:
         ) from error
 
 
-def reject_constant(name: str) -> float:
-    """`parse_constant` of json: NaN and infinities are no JSON."""
-    raise ValueError(f"{name} is not allowed")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def strict_json(text: str) -> object:
+    """Parsed JSON in which every number is finite.
+
+    Raises:
+        ValueError: no JSON, NaN, an infinity, or a number too large for a float; RecursionError: nested too deeply.
+    """
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
 
 def is_count(value: object) -> bool:
@@ -114,7 +125,7 @@ def decode_json(data: bytes, source: str | Path) -> dict:
         LedgerError: no JSON object, another schema version, or changed since it was written.
     """
     try:
-        content = json.loads(data.decode(), parse_constant=reject_constant)
+        content = strict_json(data.decode())
     except (ValueError, RecursionError) as error:
         raise LedgerError(f"{source} is not valid JSON: {error}; delete it and run the stage again") from None
     if not isinstance(content, dict):

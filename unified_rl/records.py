@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from unified_rl.manifests import SCHEMA_VERSION, is_count, reject_constant
+from unified_rl.manifests import SCHEMA_VERSION, is_count, strict_json
 from unified_rl.runtime import StageError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _decode(source: _Source, members: dict[str, bytes], allowed: tuple[str, ...]
     wrong = sorted(set(members) ^ set(allowed))
     source.check(not wrong, f"missing or unexpected member .{', .'.join(wrong)}")
     try:
-        content = json.loads(members["json"].decode(), parse_constant=reject_constant)
+        content = strict_json(members["json"].decode())
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{source.label}: .json is not valid: {error}") from None
     source.check(isinstance(content, dict), ".json is not an object")

@@ -163,7 +163,7 @@ def _member_header(path: Path, header: bytes, last: str) -> tarfile.TarInfo:
     except tarfile.HeaderError as error:
         raise ShardError(f"{path} has a damaged member header{after}: {error}") from None
     # Type first: links and devices may carry harmless names.
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header[156:157] not in (b"0", b"\0"):
+    if header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         raise ShardError(f"{path}: member {member.name!r} is not a regular file (tar type {member.type!r})")
     if not _MEMBER.fullmatch(member.name):
         raise ShardError(f"{path}: unsafe member name {member.name!r}: KEY.EXT without folders is required")
