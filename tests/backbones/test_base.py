@@ -26,12 +26,12 @@ def test_categorical_is_fp32_whatever_the_logits():
 def test_sampler_frequencies_are_softmax_of_logits():
     """Chi-square over 128 tokens, the tail included: nothing is cut off at the likeliest 50."""
     logits = torch.randn(128, generator=torch.Generator().manual_seed(0))
-    draws = 400_000
+    draws = 100_000
     uniforms = uniform_streams([1], draws)[0]
     picked = torch.cat([inverse_cdf(logits.expand(len(part), -1), part) for part in uniforms.split(20_000)])
     expected = logits.double().softmax(-1) * draws
     statistic = ((picked.bincount(minlength=128) - expected) ** 2 / expected).sum().item()
-    assert expected.min() > 50
+    assert expected.min() > 10
     assert 127 - 5 * math.sqrt(2 * 127) < statistic < 127 + 5 * math.sqrt(2 * 127)
 
 
