@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line of the stage; `--iteration K` names the weights after K iterations, 0 the base."""
     arguments = stage_arguments(STAGE, "python -m unified_rl.evaluation --run runs/demo --iteration 0", argv)
     config = open_run(arguments.run, arguments.recipe, arguments.overrides)
-    return evaluate(Run(arguments.run, config), arguments.iteration, current_ranks())
+    run, ranks = Run(arguments.run, config), current_ranks()
+    with run.lock(f"{STAGE}-{ranks.rank}"):
+        return evaluate(run, arguments.iteration, ranks)
 
 
 @dataclass(frozen=True)

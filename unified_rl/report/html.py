@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from unified_rl.config import to_yaml
+from unified_rl.config import RunConfig, to_yaml
 from unified_rl.evaluation.compare import interval, label_of
 from unified_rl.evaluation.scoring import Difference, compare_scores
 from unified_rl.evaluation.summary import stored_evidence
@@ -81,7 +81,7 @@ def highlights(rows: list[Difference]) -> str:
     return f'<dl class="cards">{cards}</dl>'
 
 
-def control_text(config) -> str:
+def control_text(config: RunConfig) -> str:
     """Stored result of the learning experiment and its shuffled-reward control."""
     evidence = stored_evidence(config)
     if evidence is None:

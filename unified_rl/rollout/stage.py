@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line of the stage."""
     arguments = stage_arguments(STAGE, "python -m unified_rl.rollout --run runs/demo --iteration 0", argv)
     config = open_run(arguments.run, arguments.recipe, arguments.overrides)
-    return rollout(Run(arguments.run, config), arguments.iteration, current_ranks())
+    run, ranks = Run(arguments.run, config), current_ranks()
+    with run.lock(f"{STAGE}-{ranks.rank}"):
+        return rollout(run, arguments.iteration, ranks)
 
 
 def rollout(run: Run, iteration: int, ranks: Ranks) -> int:

@@ -161,9 +161,10 @@ def _counting_table(rng: random.Random) -> tuple[Scene, str, str]:
     return _place(rng, cells), "how many of each color?", " ".join(f"{c} {COUNT_WORDS[counts[c]]}" for c in asked)
 
 
-TABLES = (_color_table, _shape_table, _existence_table, _counting_table)
+LOOKUPS = (_color_table, _shape_table)
+TABLES = (*LOOKUPS, _existence_table, _counting_table)
 
 
-def make_table(rng: random.Random) -> Question:
-    """A random table question; its family is `table`."""
-    return Question("table", *rng.choice(TABLES)(rng))
+def make_table(rng: random.Random, kinds: tuple[Callable[[random.Random], tuple[Scene, str, str]], ...]) -> Question:
+    """A random table question of one of the kinds; its family is `table`."""
+    return Question("table", *rng.choice(kinds)(rng))

@@ -24,7 +24,7 @@ from unified_rl.backbones.base import Sampling
 from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.shapes import measure
 from unified_rl.shapes.prompts import random_metadata, scene_for
-from unified_rl.shapes.questions import make_question, make_table
+from unified_rl.shapes.questions import LOOKUPS, TABLES, make_question, make_table
 from unified_rl.shapes.tiny_janus import DESCRIBE, build_checkpoint
 from unified_rl.shapes.train_vision import train_vision
 from unified_rl.shapes.train_vq import train_vq
@@ -33,14 +33,14 @@ from unified_rl.shapes.world import render
 
 @dataclass(frozen=True)
 class Phase:
-    """One learning-rate cycle: how many steps, and what each of them holds."""
+    """A stretch of joint training: how many steps, and what each of them holds."""
 
     steps: int
-    learning_rate: float
-    drawings: int
-    captions: int
-    questions: int
-    tables: int
+    drawings: int = 0
+    captions: int = 0
+    questions: int = 0
+    tables: int = 0
+    lookups: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,25 @@ class Settings:
     """Everything that determines the checkpoint."""
 
     seed: int = 0
-    # Reading first: drawing is learnt sooner by a model that knows which words go with which pictures.
+    learning_rate: float = 1.0e-3
+    warmup: int = 40  # steps
+    decay: float = 0.6  # share of all steps, at the end, over which the rate falls to zero
+    # Single look-ups first, then single questions, which build on them; drawing last, by a model that reads.
     phases: tuple[Phase, ...] = (
-        Phase(steps=700, learning_rate=1.0e-3, drawings=0, captions=12, questions=16, tables=32),
-        Phase(steps=1900, learning_rate=1.2e-3, drawings=48, captions=8, questions=20, tables=8),
+        Phase(steps=150, lookups=48),
+        Phase(steps=350, questions=32, tables=16),
+        Phase(steps=1700, drawings=52, captions=10, questions=20, tables=4),
     )
     wrong_drawing_captions: float = 0.1  # share of drawings whose caption belongs to another picture
     hidden_drawing_captions: float = 0.1  # for classifier-free guidance
     # How often each family is asked; the hard ones rarely, so that reading leaves room for gains and losses.
     family_weights: tuple[tuple[str, float], ...] = (
-        ("existence", 1.0),
+        ("existence", 1.5),
         ("color", 1.0),
         ("shape", 1.0),
-        ("counting", 0.5),
-        ("relation", 0.5),
-        ("comparison", 0.5),
+        ("counting", 0.4),
+        ("relation", 0.4),
+        ("comparison", 0.4),
     )
 
 
@@ -78,7 +82,7 @@ def drawing_batch(settings: Settings, count: int, rng: random.Random) -> tuple[l
 def reading_batch(
     settings: Settings, phase: Phase, rng: random.Random
 ) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """Pictures, questions and answers: captions first, then questions, then tables."""
+    """Pictures, questions and answers: captions first, then questions, then tables and look-ups."""
     families, weights = zip(*settings.family_weights, strict=True)
     images, questions, answers = [], [], []
     for _ in range(phase.captions):
@@ -87,7 +91,9 @@ def reading_batch(
         questions.append(DESCRIBE)
         answers.append(metadata["prompt"])
     asked_questions = [make_question(family, rng) for family in rng.choices(families, weights, k=phase.questions)]
-    for asked in asked_questions + [make_table(rng) for _ in range(phase.tables)]:
+    asked_questions += [make_table(rng, TABLES) for _ in range(phase.tables)]
+    asked_questions += [make_table(rng, LOOKUPS) for _ in range(phase.lookups)]
+    for asked in asked_questions:
         images.append(render(asked.scene))
         questions.append(asked.question)
         answers.append(asked.answer)
@@ -107,27 +113,32 @@ def losses(
     return draw, -(score.log_probs * score.mask).sum() / score.mask.sum()
 
 
-def train_phase(backbone: JanusBackbone, settings: Settings, number: int, log: Callable[[str], None]) -> None:
-    """Train everything but the image tokenizer for one phase."""
-    phase = settings.phases[number]
-    rng = random.Random(f"phase-{settings.seed}-{number}")
+def learning_rate(settings: Settings, step: int) -> float:
+    """Rate at `step` (from 1): linear warm-up, constant, linear decay to zero."""
+    total = sum(phase.steps for phase in settings.phases)
+    left = (total - step) / (settings.decay * total)
+    return settings.learning_rate * min(1.0, step / settings.warmup, left)
+
+
+def train_joint(backbone: JanusBackbone, settings: Settings, log: Callable[[str], None]) -> None:
+    """Run all phases: train everything but the image tokenizer."""
+    rng = random.Random(f"joint-{settings.seed}")
     model = backbone.model.requires_grad_(True)
     model.model.vqmodel.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, phase.learning_rate, total_steps=phase.steps, pct_start=0.1
-    )
-    for step in range(1, phase.steps + 1):
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    plan = [phase for phase in settings.phases for _ in range(phase.steps)]
+    for step, phase in enumerate(plan, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
         draw, read = losses(backbone, settings, phase, rng)
         optimizer.zero_grad(set_to_none=True)
         (draw + read).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
         if step % 50 == 0:
-            log(f"phase {number} step {step}/{phase.steps} drawing {draw.item():.3f} reading {read.item():.3f}")
-        if step % 350 == 0 or step == phase.steps:
+            log(f"joint step {step}/{len(plan)} drawing {draw.item():.3f} reading {read.item():.3f}")
+        if step % 500 == 0 and step < len(plan):
             log(measure.one_line(measure.abilities(backbone, questions=60, captions=96, samples=1)))
     model.requires_grad_(False)
 
@@ -149,8 +160,7 @@ def make(folder: Path, settings: Settings, eyes_from: Path | None, log: Callable
     build_checkpoint(folder, settings.seed)
     backbone = JanusBackbone.from_pretrained(folder)
     train_eyes(backbone, settings, eyes_from, log)
-    for number in range(len(settings.phases)):
-        train_phase(backbone, settings, number, log)
+    train_joint(backbone, settings, log)
     backbone.model.half().save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
     log(measure.one_line(measure.abilities(JanusBackbone.from_pretrained(folder))))

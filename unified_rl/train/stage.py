@@ -23,7 +23,9 @@ from unified_rl.config import RunConfig
 from unified_rl.files import atomic_write_bytes
 from unified_rl.ledger import Run
 from unified_rl.manifests import Manifest
+from unified_rl.report.tensorboard import write_tensorboard
 from unified_rl.report.timing import append_timing
+from unified_rl.report.truth import read_truth
 from unified_rl.runtime import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -246,4 +248,6 @@ def commit(run: Run, state: Checkpoint, ranks: Ranks, trainer: Trainer) -> None:
     }
     version = run.current_policy(state.iteration)[1]
     run.commit(Manifest(STAGE, state.iteration, [], version, run.config_hash, state.counts, [], extra))
+    # Here and not in a process of its own: torch is loaded already, and a watcher sees every iteration.
+    write_tensorboard(read_truth(run.path))
     log(f"iteration {state.iteration}: {state.counts['steps']} steps, mean reward {state.reward_mean:.4f}")
