@@ -51,11 +51,15 @@ class Settings:
     learning_rate: float = 1.0e-3
     warmup: int = 40  # steps
     decay: float = 0.6  # share of all steps, at the end, over which the rate falls to zero
-    # Single look-ups first, then single questions, which build on them; drawing last, by a model that reads.
-    phases: tuple[Phase, ...] = (
-        Phase(steps=150, lookups=48),
-        Phase(steps=350, questions=32, tables=16),
-        Phase(steps=1700, drawings=52, captions=10, questions=20, tables=4),
+    # Single look-ups first, then single questions, which build on them; drawing last, by a model that reads. Each
+    # cycle has its own optimizer and learning-rate schedule.
+    cycles: tuple[tuple[Phase, ...], ...] = (
+        (
+            Phase(steps=150, lookups=48),
+            Phase(steps=350, questions=32, tables=16),
+            Phase(steps=1700, drawings=52, captions=10, questions=20, tables=4),
+        ),
+        (Phase(steps=500, drawings=60, captions=8, questions=16),),
     )
     wrong_drawing_captions: float = 0.1  # share of drawings whose caption belongs to another picture
     hidden_drawing_captions: float = 0.1  # for classifier-free guidance
@@ -113,31 +117,30 @@ def losses(
     return draw, -(score.log_probs * score.mask).sum() / score.mask.sum()
 
 
-def learning_rate(settings: Settings, step: int) -> float:
-    """Rate at `step` (from 1): linear warm-up, constant, linear decay to zero."""
-    total = sum(phase.steps for phase in settings.phases)
+def learning_rate(settings: Settings, step: int, total: int) -> float:
+    """Rate at `step` (from 1) of `total`: linear warm-up, constant, linear decay to zero."""
     left = (total - step) / (settings.decay * total)
     return settings.learning_rate * min(1.0, step / settings.warmup, left)
 
 
-def train_joint(backbone: JanusBackbone, settings: Settings, log: Callable[[str], None]) -> None:
-    """Run all phases: train everything but the image tokenizer."""
-    rng = random.Random(f"joint-{settings.seed}")
+def train_joint(backbone: JanusBackbone, settings: Settings, cycle: int, log: Callable[[str], None]) -> None:
+    """Run the phases of one cycle: train everything but the image tokenizer."""
+    rng = random.Random(f"joint-{settings.seed}-{cycle}" if cycle else f"joint-{settings.seed}")
     model = backbone.model.requires_grad_(True)
     model.model.vqmodel.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    plan = [phase for phase in settings.phases for _ in range(phase.steps)]
+    plan = [phase for phase in settings.cycles[cycle] for _ in range(phase.steps)]
     for step, phase in enumerate(plan, 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = learning_rate(settings, step, len(plan))
         draw, read = losses(backbone, settings, phase, rng)
         optimizer.zero_grad(set_to_none=True)
         (draw + read).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0:
-            log(f"joint step {step}/{len(plan)} drawing {draw.item():.3f} reading {read.item():.3f}")
+            log(f"cycle {cycle} step {step}/{len(plan)} drawing {draw.item():.3f} reading {read.item():.3f}")
         if step % 500 == 0 and step < len(plan):
             log(measure.one_line(measure.abilities(backbone, questions=60, captions=96, samples=1)))
     model.requires_grad_(False)
@@ -155,15 +158,26 @@ def train_eyes(backbone: JanusBackbone, settings: Settings, eyes_from: Path | No
         getattr(inner, name).load_state_dict(getattr(other, name).state_dict())
 
 
-def make(folder: Path, settings: Settings, eyes_from: Path | None, log: Callable[[str], None]) -> None:
-    """Train a checkpoint and leave it in `folder` as fp16 safetensors with tokenizer and processor."""
-    build_checkpoint(folder, settings.seed)
-    backbone = JanusBackbone.from_pretrained(folder)
-    train_eyes(backbone, settings, eyes_from, log)
-    train_joint(backbone, settings, log)
-    backbone.model.half().save_pretrained(folder)
-    backbone.processor.save_pretrained(folder)
-    log(measure.one_line(measure.abilities(JanusBackbone.from_pretrained(folder))))
+def make(
+    folder: Path, settings: Settings, eyes_from: Path | None, continue_from: Path | None, log: Callable[[str], None]
+) -> None:
+    """Train a checkpoint and leave it in `folder` as fp16 safetensors with tokenizer and processor.
+
+    Args:
+        continue_from: a checkpoint after the first cycle; only the others are run.
+    """
+    if continue_from is None:
+        build_checkpoint(folder, settings.seed)
+        backbone = JanusBackbone.from_pretrained(folder)
+        train_eyes(backbone, settings, eyes_from, log)
+    else:
+        backbone = JanusBackbone.from_pretrained(continue_from)
+    for cycle in range(0 if continue_from is None else 1, len(settings.cycles)):
+        train_joint(backbone, settings, cycle, log)
+        backbone.model.half().save_pretrained(folder)
+        backbone.processor.save_pretrained(folder)
+        backbone = JanusBackbone.from_pretrained(folder)  # rounded, as it will be read
+        log(measure.one_line(measure.abilities(backbone)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (part of the result)")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--eyes-from", type=Path, help="reuse image tokenizer, tower and aligner of this checkpoint")
+    parser.add_argument("--continue-from", type=Path, help="checkpoint after the first cycle; run the others")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
@@ -192,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     log(repr(settings))
     # Made elsewhere and copied at the end: a run that is interrupted leaves the old checkpoint whole.
     with tempfile.TemporaryDirectory() as work:
-        make(Path(work), settings, arguments.eyes_from, log)
+        make(Path(work), settings, arguments.eyes_from, arguments.continue_from, log)
         arguments.out.mkdir(parents=True, exist_ok=True)
         for file in Path(work).iterdir():
             shutil.copyfile(file, arguments.out / file.name)
