@@ -18,7 +18,7 @@ fail() {
   exit "${2:-1}"
 }
 
-# Sets PYTHON to an absolute path and puts its folder first in PATH: `deepspeed` and `ninja` lie beside it.
+# Sets PYTHON to an absolute path and puts its folder first in PATH: `ninja` lies beside it.
 find_python() {
   local folder
   if [[ -z ${PYTHON:-} ]]; then

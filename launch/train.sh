@@ -15,7 +15,6 @@ parse_arguments "$@"
 require_iteration
 find_python
 config_values train.ranks
-deepspeed=$(command -v deepspeed) || fail "no deepspeed beside $PYTHON: run \`make install\`, or install it there"
 
 # The launcher drops CUDA_VISIBLE_DEVICES when it is told a number of GPUs: name the visible ones instead.
 gpus=(--num_gpus "${CONFIG[0]}")
@@ -25,12 +24,13 @@ elif [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9]+(,[0-9]+)*$ && " ${LAUNCH_ENV[*]} " 
   gpus=(--include "localhost:$(cut -d, -f "1-${CONFIG[0]}" <<<"$CUDA_VISIBLE_DEVICES")")
 fi
 
-# `deepspeed` dies on TERM and leaves its ranks behind; its child stops them.
+# As a module: the first line of the `deepspeed` script is broken where the path has a space.
+# The launcher dies on TERM and leaves its ranks behind; its child stops them.
 # shellcheck disable=SC2034 # read by common.sh
 SIGNAL_BELOW=1
-run "$deepspeed" "${gpus[@]}" --master_port "${MASTER_PORT:-$(ask_port)}" --no_local_rank --quiet \
+run "$PYTHON" -m deepspeed.launcher.runner "${gpus[@]}" --master_port "${MASTER_PORT:-$(ask_port)}" --no_local_rank --quiet \
   --module unified_rl.train "${ARGUMENTS[@]}"
 
-# `deepspeed` also ends with 0 when its child was killed by a signal: only the commit mark tells.
+# The launcher also ends with 0 when its child was killed by a signal: only the commit mark tells.
 printf -v mark '%s/iter_%04d/train/manifest.json' "$RUN" "$((10#$ITERATION))"
 [[ ${DRY_RUN:-} == 1 || -f $mark ]] || fail "training ended without $mark; the same command continues it" "${STOPPED:+75}"

@@ -10,7 +10,7 @@ import pytest
 from tests.launch.launching import ROOT, dry_run, launch
 
 ENV = "PYTHONPATH=ROOT DS_ACCELERATOR=cpu OMP_NUM_THREADS=1"
-DEEPSPEED, QUIET = "BIN/deepspeed", "--no_local_rank --quiet --module"
+DEEPSPEED, QUIET = "BIN/python -m deepspeed.launcher.runner", "--no_local_rank --quiet --module"
 SHAPES = ("--recipe", "gvu_janus_shapes")
 
 
