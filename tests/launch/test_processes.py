@@ -174,7 +174,8 @@ def test_the_deepspeed_launcher_stops_its_ranks(folder: Path) -> None:
     shell = start(
         f"export DS_ACCELERATOR=cpu PYTHONPATH='{ROOT}:{folder.parent}'; LAUNCH_ENV=(); SIGNAL_BELOW=1; "
         'port=$("$PYTHON" -m unified_rl.launching port); '
-        'run "$PYTHON" -m deepspeed.launcher.runner --num_gpus 2 --master_port "$port" --no_local_rank --quiet --module waiting_module'
+        'run "$PYTHON" -m deepspeed.launcher.runner --num_gpus 2 --master_port "$port" --no_local_rank --quiet '
+        "--module waiting_module"
     )
     pids = wait_for_pids(folder, 2, seconds=240)
     shell.terminate()
