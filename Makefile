@@ -79,7 +79,7 @@ clean-run:  ## delete a run folder: RUN=...
 	@RUN="$(RUN)" launch/clean_run.sh
 
 evidence: $(STAMP)  ## measure the learning claim with its control: METHOD=gvu BACKBONE=janus SEEDS=3
-	@launch/evidence.sh $(ARGS)
+	@RUN="$(RUN)" launch/evidence.sh $(ARGS)
 
 tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: up to an hour on two cores
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Measures a learning claim from scratch: for each seed a run and its control with shuffled rewards, then intervals.
 # Reads   the recipe METHOD_BACKBONE_shapes of the package
-# Writes  runs/evidence/METHOD-BACKBONE/{main,shuffled}-SEED and summary.json
+# Writes  RUN/{main,shuffled}-SEED and RUN/summary.json
 # Environment
+#   RUN                      folder of all runs (default runs/evidence/METHOD-BACKBONE)
 #   METHOD, BACKBONE, SEEDS  default gvu, janus, 3
 #   PYTHON, DRY_RUN=1        as for all launchers (see common.sh)
 # Usage    launch/evidence.sh [key=value ...]
@@ -12,7 +13,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 METHOD=${METHOD:-gvu} BACKBONE=${BACKBONE:-janus} SEEDS=${SEEDS:-3}
-out=runs/evidence/$METHOD-$BACKBONE
+out=${RUN:-runs/evidence/$METHOD-$BACKBONE}
 parse_arguments --run "$out" "$@"
 find_python
 cd "$ROOT"

@@ -23,7 +23,7 @@ def test_what_a_paper_names_exists(paper: Path) -> None:
         assert (ROOT / "unified_rl" / "recipes" / f"{recipe}.yaml").is_file(), recipe
     for module in re.findall(r"python -m (unified_rl[a-z0-9_.]*)", text):
         assert importlib.util.find_spec(module.rstrip(".")) is not None, module
-    for script in re.findall(r"\b((?:data_tools|benchmarks|launch)/\w+\.(?:py|sh))", text):
+    for script in re.findall(r"\b((?:data_tools|benchmarks|launch)/[a-z_]+\.(?:py|sh))", text):
         assert (ROOT / script).is_file(), script
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (paper.parent / link).exists(), link

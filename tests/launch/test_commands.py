@@ -90,10 +90,10 @@ def test_demo_packs_prompts_loops_and_summarizes() -> None:
     )
 
 
-def test_evidence_runs_each_seed_with_its_control() -> None:
-    commands = dry_run("evidence.sh", "iterations=1", "rollout.workers=1", SEEDS="2")
+def test_evidence_runs_each_seed_with_its_control(tmp_path: Path) -> None:
+    out = str(tmp_path / "evidence")
+    commands = dry_run("evidence.sh", "iterations=1", "rollout.workers=1", SEEDS="2", RUN=out)
     trains = [c.split("unified_rl.train ")[1] for c in commands if "deepspeed" in c]
-    out = "runs/evidence/gvu-janus"
     fixed = "--iteration 0 --recipe gvu_janus_shapes iterations=1 rollout.workers=1"
     assert trains == [
         f"--run {out}/{kind}-{seed} {fixed} seed={seed} policy.control={control}"

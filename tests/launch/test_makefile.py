@@ -72,7 +72,7 @@ def test_make_alone_prints_the_help() -> None:
         (["reward", "RUN=r", "ITERATION=0"], ['launch/reward.sh --run "r" --iteration "0"']),
         (["train", "RUN=r", "ITERATION=3"], ['launch/train.sh --run "r" --iteration "3"']),
         (["evaluate", "RUN=r", "ITERATION=3"], ['launch/evaluate.sh --run "r" --iteration "3"']),
-        (["evidence", "SEEDS=5"], ["launch/evidence.sh"]),
+        (["evidence", "SEEDS=5"], ['RUN="" launch/evidence.sh']),
         (["clean-run", "RUN=r"], ['RUN="r" launch/clean_run.sh']),
         (["status", "RUN=r"], ['.venv/bin/python -m unified_rl.ledger status "r"']),
         (["report", "RUN=r"], ['.venv/bin/python -m unified_rl.report --run "r"']),
