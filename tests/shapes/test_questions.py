@@ -1,11 +1,12 @@
 """Answers are recomputed from the scene by independent code; no family can be answered without looking."""
 
+import random
 from collections import Counter
 
 import pytest
 
 from unified_rl.shapes.prompts import plural
-from unified_rl.shapes.questions import COUNT_WORDS, FAMILIES, make_questions
+from unified_rl.shapes.questions import COUNT_WORDS, FAMILIES, TABLES, make_questions
 
 QUESTIONS = make_questions(0, 400)
 
@@ -52,3 +53,20 @@ def test_same_seed_same_questions():
 
 def test_plural():
     assert [plural("cross"), plural("ring")] == ["crosses", "rings"]
+
+
+@pytest.mark.parametrize("kind", TABLES, ids=lambda kind: kind.__name__)
+def test_tables_are_true(kind):
+    for seed in range(60):
+        scene, question, answer = kind(random.Random(seed))
+        objects = [item for item in scene if item]
+        words = answer.split()
+        for name, value in zip(words[::2], words[1::2], strict=True):
+            if question == "what color is each shape?":
+                assert [item.color for item in objects if item.shape == name] == [value]
+            elif question == "what shape is each color?":
+                assert [item.shape for item in objects if item.color == name] == [value]
+            elif question == "is there each shape?":
+                assert (value == "yes") == any(item.shape == name for item in objects)
+            else:
+                assert COUNT_WORDS.index(value) == sum(item.color == name for item in objects)

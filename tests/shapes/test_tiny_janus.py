@@ -80,15 +80,16 @@ def test_each_part_of_the_training_learns(untrained):
     inner = backbone.model.model
     train_vision.train_vision(inner, backbone.tokenizer, 0, lines.append, steps=60)
     assert float(lines[-1].split()[-1]) > 0.5  # patches with the right shape; chance is a sixth
-    train_vq.train_vq(inner.vqmodel, 0, lines.append, steps=20)
+    train_vq.train_vq(inner.vqmodel, 0, lines.append, steps=40)
     norms = inner.vqmodel.quantize.embedding.weight.norm(dim=1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
     image_tokenizer = {k: v.clone() for k, v in inner.vqmodel.state_dict().items()}
-    settings = train_janus.Settings(steps=12, drawings=8, captions=4, questions=4, learning_rate=2e-3)
+    phase = train_janus.Phase(steps=12, drawings=8, captions=4, questions=4, tables=2, lookups=2)
+    settings = train_janus.Settings(cycles=((phase,),), learning_rate=2e-3, warmup=2)
     rng = random.Random(0)
-    before = [loss.item() for loss in train_janus.joint_loss(backbone, settings, rng)]
-    train_janus.train_joint(backbone, settings, lines.append)
-    after = [loss.item() for loss in train_janus.joint_loss(backbone, settings, rng)]
+    before = [loss.item() for loss in train_janus.losses(backbone, settings, phase, rng)]
+    train_janus.train_joint(backbone, settings, 0, lines.append)
+    after = [loss.item() for loss in train_janus.losses(backbone, settings, phase, rng)]
     assert after[1] < before[1] - 0.5
     assert after[0] < before[0]
     assert all(torch.equal(v, image_tokenizer[k]) for k, v in inner.vqmodel.state_dict().items())
@@ -96,12 +97,19 @@ def test_each_part_of_the_training_learns(untrained):
 
 
 def test_a_batch_holds_what_the_settings_say():
-    settings = train_janus.Settings(drawings=4, captions=3, questions=5, hidden_drawing_captions=1.0)
-    images, questions, answers = train_janus.reading_batch(settings, random.Random(1))
-    assert len(images) == len(questions) == len(answers) == 8
+    phase = train_janus.Phase(steps=1, captions=3, questions=5, tables=2, lookups=1)
+    settings = train_janus.Settings(hidden_drawing_captions=1.0)
+    images, questions, answers = train_janus.reading_batch(settings, phase, random.Random(1))
+    assert len(images) == len(questions) == len(answers) == 11
     assert questions[:3] == [train_janus.DESCRIBE] * 3
-    prompts, pictures, hidden = train_janus.drawing_batch(settings, random.Random(1))
+    prompts, pictures, hidden = train_janus.drawing_batch(settings, 4, random.Random(1))
     assert (len(prompts), pictures.shape, hidden) == (4, (4, 32, 32, 3), [True] * 4)
+
+
+def test_learning_rate_by_hand():
+    settings = train_janus.Settings(learning_rate=1.0, warmup=10, decay=0.5)
+    rates = [train_janus.learning_rate(settings, step, 100) for step in (1, 10, 50, 75, 100)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.0])
 
 
 def test_patch_labels_by_hand():

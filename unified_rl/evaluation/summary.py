@@ -77,9 +77,7 @@ def closing_text(run: Run, summary: dict) -> str:
         )
     reward = summary["reward"]
     lines.append(f"reward while training: {reward['first']:.4f} -> {reward['last']:.4f}")
-    lines.append(
-        f"{summary['iterations']} iterations on {summary['ranks']} ranks: {summary['loop_seconds']:.0f} s"
-    )
+    lines.append(f"{summary['iterations']} iterations on {summary['ranks']} ranks: {summary['loop_seconds']:.0f} s")
     for label, name in (
         ("picture", "before_after.png"),
         ("report", "report.html"),

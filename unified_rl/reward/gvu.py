@@ -34,9 +34,7 @@ class GvuScore:
 
 
 @torch.inference_mode()
-def gvu_scores(
-    judge: JanusBackbone, images: list[np.ndarray], prompts: list[str], question: str
-) -> list[GvuScore]:
+def gvu_scores(judge: JanusBackbone, images: list[np.ndarray], prompts: list[str], question: str) -> list[GvuScore]:
     """Scores of uint8 [H, W, 3] images for their prompts, in one teacher-forced forward.
 
     Equal to multiplying L next-token probabilities and taking the L-th root, but in log space (a product underflows on

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from unified_rl.backbones.janus import JanusBackbone
 
 
-def iteration_prompts(
-    prompts: list[PromptRecord], count: int, run_seed: int, iteration: int
-) -> list[PromptRecord]:
+def iteration_prompts(prompts: list[PromptRecord], count: int, run_seed: int, iteration: int) -> list[PromptRecord]:
     """The `count` different prompts of an iteration.
 
     Every epoch is a new permutation of all prompts, cut into iterations; what is left of it after the last whole

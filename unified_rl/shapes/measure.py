@@ -65,9 +65,7 @@ def drawing(backbone: JanusBackbone, samples: int, guidance_scale: float = 1.0) 
     return {tag: _mean(right[tag]) for tag in CATEGORIES}
 
 
-def abilities(
-    backbone: JanusBackbone, questions: int = 200, captions: int = 600, samples: int = 4
-) -> dict[str, float]:
+def abilities(backbone: JanusBackbone, questions: int = 200, captions: int = 600, samples: int = 4) -> dict[str, float]:
     """Everything above as one dictionary of accuracies in 0..1."""
     drawn = drawing(backbone, samples)
     answered = question_answering(backbone, 7, questions)

@@ -1,7 +1,7 @@
 """ZeRO-3 checkpoints of a run: which ones are whole, which one an iteration starts from, which ones go.
 
-    RUN/checkpoints/iter_0003/   files of DeepSpeed, one set per rank
-                              COMPLETE   JSON, written last: what the checkpoint is
+RUN/checkpoints/iter_0003/   files of DeepSpeed, one set per rank
+                          COMPLETE   JSON, written last: what the checkpoint is
 """
 
 from __future__ import annotations
