@@ -277,3 +277,14 @@ def test_threads_and_determinism():
 def test_zero_threads_are_refused():
     with pytest.raises(StageError, match="at least 1"):
         runtime.set_cpu_threads(0)
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -117,7 +117,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            # Ignored from the start: a launcher's background job, whose launcher turns Ctrl-C into one TERM.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
