@@ -27,6 +27,7 @@ OVERRIDES = [
     "train.micro_batch=8",
     "evaluate.prompts=''",
 ]
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 MEASURED = ("time/", "throughput/", "memory/")
 
 
@@ -38,7 +39,7 @@ def loop_command(run: Path, prompts: Path) -> list[str]:
 def run_loop(run: Path, prompts: Path, kill_after: float | None = None) -> tuple[int, float]:
     """(exit code, seconds); with `kill_after` the group dies by SIGKILL after so many seconds."""
     start = time.monotonic()
-    streams = {"stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    streams = {"stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "env": ENVIRONMENT}
     with (
         open(run.parent / f"{run.name}.log", "ab") as log,
         subprocess.Popen(loop_command(run, prompts), stdout=log, start_new_session=True, **streams) as process,
@@ -70,10 +71,8 @@ def fingerprint(run: Path) -> dict[str, str]:
 @pytest.mark.timeout(3600)
 def test_killed_and_restarted_loop_ends_with_the_same_bits(tmp_path):
     prompts = tmp_path / "prompts"
-    subprocess.run(
-        [sys.executable, str(ROOT / "data_tools/pack_prompts.py"), "--shapes", "train", "--out", prompts],
-        check=True,
-    )
+    pack = [sys.executable, str(ROOT / "data_tools/pack_prompts.py"), "--shapes", "train", "--out", str(prompts)]
+    subprocess.run(pack, check=True, env=ENVIRONMENT)
     whole = tmp_path / "whole"
     code, duration = run_loop(whole, prompts)
     assert code == 0, (tmp_path / "whole.log").read_text()[-3000:]
