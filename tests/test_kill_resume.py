@@ -77,18 +77,18 @@ def test_killed_and_restarted_loop_ends_with_the_same_bits(tmp_path):
     code, duration = run_loop(whole, prompts)
     assert code == 0, (tmp_path / "whole.log").read_text()[-3000:]
     rng = random.Random(int(os.environ.get("KILL_SEED", "0")))
-    killed = tmp_path / "killed"
-    kills = int(os.environ.get("KILLS", "3"))
-    done = 0
-    while done < kills:
+    killed = tmp_path / "killed-0"
+    kills, finished = 0, 0
+    while kills < int(os.environ.get("KILLS", "3")):
         code, seconds = run_loop(killed, prompts, kill_after=rng.uniform(0.05, 0.6) * duration)
-        assert code in (0, -signal.SIGKILL), (tmp_path / "killed.log").read_text()[-3000:]
+        assert code in (0, -signal.SIGKILL), (tmp_path / f"{killed.name}.log").read_text()[-3000:]
         if code == 0:  # finished before the kill: start another run, so that every kill counts
             assert fingerprint(killed) == fingerprint(whole)
-            killed = tmp_path / f"killed-{done}"
+            finished += 1
+            killed = tmp_path / f"killed-{finished}"
         else:
-            done += 1
-            print(f"kill {done} after {seconds:.1f} s of {duration:.1f} s", flush=True)
+            kills += 1
+            print(f"kill {kills} after {seconds:.1f} s of {duration:.1f} s", flush=True)
     code, _ = run_loop(killed, prompts)
     assert code == 0, (tmp_path / f"{killed.name}.log").read_text()[-3000:]
     assert fingerprint(killed) == fingerprint(whole)
