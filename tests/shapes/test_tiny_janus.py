@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,8 +13,8 @@ from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.config import ASSETS
 from unified_rl.shapes import measure, train_janus, train_vision, train_vq
 from unified_rl.shapes.questions import EASY, HARD
-from unified_rl.shapes.tiny_janus import build_checkpoint
-from unified_rl.shapes.world import Object
+from unified_rl.shapes.tiny_janus import CODES, build_checkpoint
+from unified_rl.shapes.world import Object, render
 
 FOLDER = ASSETS / "tiny_janus"
 
@@ -61,10 +62,32 @@ def test_it_reads_better_than_it_draws(backbone):
 
 def test_the_image_tokenizer_loses_nothing(backbone):
     assert train_vq.reconstruction_accuracy(backbone.model.model.vqmodel, seed=99, count=100) >= 0.97
-    images, _ = train_vision.labelled_pictures(random.Random(5), 4, 8)
-    _, codes, _, _ = train_vq.quantise(backbone.model.model.vqmodel, images)
-    pictures = train_vq.to_uint8(images)
-    assert torch.equal(backbone.encode_image_tokens(pictures), codes.view(4, -1))
+    pictures = np.stack([render(scene) for scene in train_vq.random_scenes(random.Random(5), 64)])
+    codes = backbone.encode_image_tokens(pictures)
+    assert torch.equal(codes, train_vq.true_codes(pictures, 8))
+    assert torch.equal(backbone.encode_image_tokens(backbone.decode(codes)), codes)
+
+
+def test_every_patch_has_a_code_of_its_own():
+    scene = (Object("circle", "red"), None, None, Object("circle", "red"))
+    codes = train_vq.true_codes(render(scene)[None], 8).view(4, 4)
+    assert len(train_vq.patch_codes(8)) == CODES
+    assert torch.equal(codes[:2, :2], codes[2:, 2:])
+    assert len({*codes[:2, :2].flatten().tolist(), codes[0, 2].item()}) == 5
+    assert (codes[:2, 2:] == codes[0, 2]).all()
+
+
+def test_codes_that_look_alike_start_alike(untrained):
+    model = JanusBackbone.from_pretrained(untrained).model.model
+    train_vq.start_codes_alike(model, seed=0)
+    red, also_red, blue = (
+        train_vq.true_codes(render((Object(shape, color), None, None, None))[None], 8)[0, 0]
+        for shape, color in (("circle", "red"), ("square", "red"), ("square", "blue"))
+    )
+    for rows in (model.generation_embeddings.weight, model.generation_head.vision_head.weight):
+        alike = torch.cosine_similarity(rows[red], rows[also_red], dim=0)
+        assert alike > 0.5
+        assert alike > torch.cosine_similarity(rows[red], rows[blue], dim=0) + 0.3
 
 
 def test_the_same_seed_builds_the_same_checkpoint(untrained, tmp_path):
@@ -85,10 +108,10 @@ def test_each_part_of_the_training_learns(untrained):
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
     image_tokenizer = {k: v.clone() for k, v in inner.vqmodel.state_dict().items()}
     phase = train_janus.Phase(steps=12, drawings=8, captions=4, questions=4, tables=2, lookups=2)
-    settings = train_janus.Settings(cycles=((phase,),), learning_rate=2e-3, warmup=2)
+    settings = train_janus.Settings(phases=(phase,), learning_rate=2e-3, warmup=2)
     rng = random.Random(0)
     before = [loss.item() for loss in train_janus.losses(backbone, settings, phase, rng)]
-    train_janus.train_joint(backbone, settings, 0, lines.append)
+    train_janus.train_joint(backbone, settings, lines.append)
     after = [loss.item() for loss in train_janus.losses(backbone, settings, phase, rng)]
     assert after[1] < before[1] - 0.5
     assert after[0] < before[0]

@@ -30,7 +30,7 @@ from unified_rl.shapes.world import COLORS, IMAGE_SIZE, SHAPES
 TOKENS_A_SIDE = 4
 PATCH = IMAGE_SIZE // TOKENS_A_SIDE
 VOCABULARY = 640  # enough merges to make every word of the world one token
-CODES = 128
+CODES = 145  # one for each distinct 8x8 patch of the world
 HIDDEN = 160
 DESCRIBE = "Describe the image in detail."
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"

@@ -1,42 +1,81 @@
-"""Training of the tiny checkpoint's image tokenizer (VQ): pictures to 16 codes and back without a visible loss."""
+"""Training of the tiny checkpoint's image tokenizer (VQ): pictures to 16 codes and back without a visible loss.
+
+Every distinct patch of the world has its own code. An encoder left to choose writes each patch in a way that depends
+on the whole picture (its normalisations and attention see all of it), and no language model of this size learns to
+draw in such a script.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.models.janus.modeling_janus import JanusVQVAE
+from transformers.models.janus.modeling_janus import JanusModel, JanusVQVAE
 
 from unified_rl.shapes.questions import random_scene
-from unified_rl.shapes.world import detect, render
+from unified_rl.shapes.world import GRID, IMAGE_SIZE, OBJECTS, Scene, detect, render
 
-STEPS = 1500
+STEPS = 1000
 BATCH = 32
 LEARNING_RATE = 2.0e-3
-COMMITMENT = 0.25
-RESTART_EVERY = 25  # steps; codes unused since the last time take the place of a random encoder output
-RESTART_UNTIL = 2 / 3  # of the steps
+SHARPNESS = 16.0  # of the logits between encoder outputs and codes, both at unit length
+
+ROW_SCALE = 0.05  # standard deviation of the codes' first input vectors and output rows
 
 
-def random_pictures(rng: random.Random, count: int) -> torch.Tensor:
-    """fp32 [count, 3, H, W] in -1..1: scenes of 0 to 4 random objects."""
-    images = np.stack([render(random_scene(rng, rng.randint(0, 4))) for _ in range(count)])
+def random_scenes(rng: random.Random, count: int) -> list[Scene]:
+    """Scenes of 0 to 4 random objects."""
+    return [random_scene(rng, rng.randint(0, GRID * GRID)) for _ in range(count)]
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """fp32 [B, 3, H, W] in -1..1 from uint8 [B, H, W, 3]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def quantise(vq: JanusVQVAE, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unit-norm encoder outputs [N, D], codes [N], straight-through latents [B, D, h, w], commitment loss."""
-    z = F.normalize(vq.quant_conv(vq.encoder(images)), dim=1)
-    flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+def to_uint8(pixels: torch.Tensor) -> np.ndarray:
+    """uint8 [B, H, W, 3] from [B, 3, H, W] in -1..1."""
+    return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255).round().byte().numpy()
+
+
+def patches(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [B * H/side * W/side, side * side * 3] from uint8 [B, H, W, 3], in reading order."""
+    count, height, width, _ = images.shape
+    grid = images.reshape(count, height // side, side, width // side, side, 3)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, side * side * 3)
+
+
+@lru_cache(maxsize=4)
+def patch_codes(side: int) -> dict[bytes, int]:
+    """The code of every distinct patch of the world, by its bytes."""
+    scenes = [(item, *[None] * (GRID * GRID - 1)) for item in (None, *OBJECTS)]
+    distinct = {patch.tobytes() for patch in patches(np.stack([render(s) for s in scenes]), side)}
+    return {patch: code for code, patch in enumerate(sorted(distinct))}
+
+
+def true_codes(images: np.ndarray, side: int) -> torch.Tensor:
+    """int64 [B, patches] codes of uint8 [B, H, W, 3] pictures of the world."""
+    known = patch_codes(side)
+    return torch.tensor([known[patch.tobytes()] for patch in patches(images, side)]).view(len(images), -1)
+
+
+def encode(vq: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
+    """Unit-norm encoder outputs [B, patches, D] of [B, 3, H, W] in -1..1."""
+    return F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1).flatten(2).transpose(1, 2)
+
+
+def losses(vq: JanusVQVAE, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the codes (nats a patch), and absolute plus squared error of the decoded pixels."""
+    pixels = to_pixels(images)
+    codes = true_codes(images, images.shape[1] // vq.quantize.quant_state_dims[0])
     book = F.normalize(vq.quantize.embedding.weight, dim=1)
-    codes = (flat @ book.T).argmax(1)
-    chosen = book[codes].view(z.shape[0], z.shape[2], z.shape[3], -1).permute(0, 3, 1, 2)
-    commitment = COMMITMENT * (z - chosen.detach()).square().sum(1).mean()
-    commitment = commitment + (z.detach() - chosen).square().sum(1).mean()
-    return flat.detach(), codes, z + (chosen - z).detach(), commitment
+    reading = F.cross_entropy((SHARPNESS * encode(vq, pixels) @ book.T).flatten(0, 1), codes.flatten())
+    errors = vq.decode(codes) - pixels
+    return reading, errors.abs().mean() + errors.square().mean()
 
 
 def train_vq(vq: JanusVQVAE, seed: int, log: Callable[[str], None], steps: int = STEPS) -> None:
@@ -46,43 +85,48 @@ def train_vq(vq: JanusVQVAE, seed: int, log: Callable[[str], None], steps: int =
     torch.nn.init.normal_(vq.quantize.embedding.weight, generator=generator)
     optimizer = torch.optim.AdamW(vq.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
-    used = torch.zeros(vq.quantize.embedding.num_embeddings)
     for step in range(1, steps + 1):
-        images = random_pictures(rng, BATCH)
-        flat, codes, latents, commitment = quantise(vq, images)
-        pixels = vq.decoder(vq.post_quant_conv(latents))
-        loss = (pixels - images).abs().mean() + (pixels - images).square().mean() + commitment
+        reading, drawing = losses(vq, np.stack([render(s) for s in random_scenes(rng, BATCH)]))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (reading + drawing).backward()
         torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        used += torch.bincount(codes, minlength=len(used))
-        if step % RESTART_EVERY == 0 and step < RESTART_UNTIL * steps:
-            dead = (used == 0).nonzero()[:, 0]
-            picks = torch.randint(len(flat), (len(dead),), generator=generator)
-            vq.quantize.embedding.weight.data[dead] = flat[picks]
-            used.zero_()
         if step % 100 == 0 or step == steps:
             accuracy = reconstruction_accuracy(vq, seed=10_000 + seed, count=100)
-            log(f"vq step {step}/{steps} loss {loss.item():.4f} exact reconstructions {accuracy:.3f}")
+            values = f"codes {reading.item():.4f} pixels {drawing.item():.4f}"
+            log(f"vq step {step}/{steps} {values} exact reconstructions {accuracy:.3f}")
     book = vq.quantize.embedding.weight
     book.data = F.normalize(book.data, dim=1)
     vq.requires_grad_(False).eval()
 
 
 @torch.no_grad()
+def start_codes_alike(model: JanusModel, seed: int) -> None:
+    """Give codes of patches that look alike similar input vectors and output rows, in place.
+
+    Otherwise "red" means something new for each of two dozen codes, and a small language model draws every object in
+    a random colour for thousands of steps.
+    """
+    side = IMAGE_SIZE // model.vqmodel.quantize.quant_state_dims[0]
+    pixels = torch.tensor([list(patch) for patch in patch_codes(side)], dtype=torch.float32).view(-1, side * side, 3)
+    # The mean colour counts as much as all pixels together.
+    looks = torch.cat([pixels.flatten(1), side * pixels.mean(1)], dim=1)
+    looks = looks - looks.mean(0)
+    generator = torch.Generator().manual_seed(seed)
+    for rows in (model.generation_embeddings.weight, model.generation_head.vision_head.weight):
+        vectors = looks @ torch.randn(looks.shape[1], rows.shape[1], generator=generator)
+        rows.copy_(ROW_SCALE * vectors / vectors.std())
+
+
+@torch.no_grad()
 def reconstruction_accuracy(vq: JanusVQVAE, seed: int, count: int) -> float:
     """Share of pictures whose reconstruction the detector reads exactly as the original."""
-    images = random_pictures(random.Random(f"vq-check-{seed}"), count)
-    _, codes, _, _ = quantise(vq, images)
-    pixels = vq.decode(codes.view(count, -1))
-    return float(np.mean([_seen(a) == _seen(b) for a, b in zip(to_uint8(images), to_uint8(pixels), strict=True)]))
-
-
-def to_uint8(pixels: torch.Tensor) -> np.ndarray:
-    """uint8 [B, H, W, 3] from [B, 3, H, W] in -1..1."""
-    return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255).round().byte().numpy()
+    images = np.stack([render(s) for s in random_scenes(random.Random(f"vq-check-{seed}"), count)])
+    book = F.normalize(vq.quantize.embedding.weight, dim=1)
+    codes = (encode(vq, to_pixels(images)) @ book.T).argmax(-1)
+    drawn = to_uint8(vq.decode(codes))
+    return float(np.mean([_seen(a) == _seen(b) for a, b in zip(images, drawn, strict=True)]))
 
 
 def _seen(image: np.ndarray) -> list[tuple]:
