@@ -81,5 +81,5 @@ clean-run:  ## delete a run folder: RUN=...
 evidence: $(STAMP)  ## measure the learning claim with its control: METHOD=gvu BACKBONE=janus SEEDS=3
 	@RUN="$(RUN)" launch/evidence.sh $(ARGS)
 
-tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: up to an hour on two cores
+tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 15 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)
