@@ -1,0 +1,143 @@
+"""FLUX's autoencoder from a file in the public layout."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unified_rl.backbones.bagel.vae import SCALE, SHIFT, FluxVae, diffusers_name
+from unified_rl.backbones.base import BackboneError
+
+
+def public_names():
+    """Names and shapes of `ae.safetensors` at 32 channels and one block less than FLUX, spelt out."""
+    shapes = {}
+
+    def conv(name, inputs, outputs, size=3):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs, size, size), (outputs,)
+
+    def norm(name, channels):
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (channels,)
+
+    def block(name, inputs, outputs):
+        norm(f"{name}.norm1", inputs)
+        conv(f"{name}.conv1", inputs, outputs)
+        norm(f"{name}.norm2", outputs)
+        conv(f"{name}.conv2", outputs, outputs)
+        if inputs != outputs:
+            conv(f"{name}.nin_shortcut", inputs, outputs, 1)
+
+    def middle(name, channels):
+        block(f"{name}.mid.block_1", channels, channels)
+        norm(f"{name}.mid.attn_1.norm", channels)
+        for part in ("q", "k", "v", "proj_out"):
+            conv(f"{name}.mid.attn_1.{part}", channels, channels, 1)
+        block(f"{name}.mid.block_2", channels, channels)
+        norm(f"{name}.norm_out", {"encoder": 64, "decoder": 32}[name])
+
+    channels = [32, 64, 64]
+    conv("encoder.conv_in", 3, 32)
+    for level, (inputs, outputs) in enumerate(zip([32, 32, 64], channels, strict=True)):
+        block(f"encoder.down.{level}.block.0", inputs, outputs)
+        if level < 2:
+            conv(f"encoder.down.{level}.downsample.conv", outputs, outputs)
+    middle("encoder", 64)
+    conv("encoder.conv_out", 64, 32)
+    conv("decoder.conv_in", 16, 64)
+    middle("decoder", 64)
+    for level, (inputs, outputs) in enumerate(zip([64, 64, 64], channels, strict=True)):
+        block(f"decoder.up.{level}.block.0", inputs, outputs)
+        block(f"decoder.up.{level}.block.1", outputs, outputs)
+        if level:
+            conv(f"decoder.up.{level}.upsample.conv", outputs, outputs)
+    conv("decoder.conv_out", 32, 3)
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in public_names().items()}
+    save_file(tensors, tmp_path / "ae.safetensors")
+    return tmp_path
+
+
+def test_names_are_diffusers_own_conversion(diffusers, folder):
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    vae = FluxVae.from_folder(folder)
+    converted = convert_ldm_vae_checkpoint(load_file(folder / "ae.safetensors"), vae.module.config)
+    parameters = dict(vae.module.named_parameters())
+    assert parameters.keys() == converted.keys()
+    assert all(torch.equal(p, converted[name].reshape(p.shape)) for name, p in parameters.items())
+
+
+def test_published_sizes_have_the_published_names():
+    """The decoder's blocks are counted from the other end; names without a rule stay."""
+    assert diffusers_name("decoder.up.3.block.2.conv1.bias", 4) == "decoder.up_blocks.0.resnets.2.conv1.bias"
+    assert diffusers_name("decoder.up.1.upsample.conv.bias", 4) == "decoder.up_blocks.2.upsamplers.0.conv.bias"
+    assert diffusers_name("encoder.down.2.block.0.nin_shortcut.bias", 4) == (
+        "encoder.down_blocks.2.resnets.0.conv_shortcut.bias"
+    )
+    assert diffusers_name("encoder.conv_in.weight", 4) == "encoder.conv_in.weight"
+
+
+def test_latents_are_scaled_and_pixels_in_range(diffusers, folder):
+    vae = FluxVae.from_folder(folder)
+    assert (vae.factor, vae.channels) == (4, 16)
+    images = torch.rand(5, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+    latents = vae.encode(images)
+    assert latents.shape == (5, 16, 2, 3)
+    mean = vae.module.encode(images * 2 - 1).latent_dist.mean
+    assert (latents - SCALE * (mean - SHIFT)).abs().max() < 1e-5
+    decoded = vae.decode(latents)
+    assert decoded.shape == images.shape
+    assert decoded.min() >= 0
+    assert decoded.max() <= 1
+    expected = (vae.module.decode(mean).sample / 2 + 0.5).clamp(0, 1)
+    assert (decoded - expected).abs().max() < 1e-4
+
+
+def test_drawn_latents_belong_to_their_seed(diffusers, folder):
+    vae = FluxVae.from_folder(folder)
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    drawn = vae.encode(images, seeds=[5, 6, 7])
+    assert (vae.encode(images[1:2], seeds=[6])[0] - drawn[1]).abs().max() < 1e-5
+    assert (drawn - vae.encode(images)).abs().max() > 1e-3
+
+
+def test_sides_must_fit(diffusers, folder):
+    with pytest.raises(BackboneError, match="8 x 10 pixels: sides must be multiples of 4"):
+        FluxVae.from_folder(folder).encode(torch.zeros(1, 3, 8, 10))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("decoder.conv_out.bias"), "decoder.conv_out.bias is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra is not part of the model"),
+        (lambda t: t.update({"encoder.conv_in.bias": torch.zeros(3)}), r"encoder.conv_in.bias has shape \[3\]"),
+        (lambda t: t.pop("encoder.down.0.block.0.conv1.weight"), "is not FLUX's autoencoder: it lacks"),
+    ],
+)
+def test_other_files_are_refused(diffusers, folder, change, said):
+    tensors = load_file(folder / "ae.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "ae.safetensors")
+    with pytest.raises(BackboneError, match=said):
+        FluxVae.from_folder(folder)
+
+
+def test_missing_file_and_missing_package_are_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(BackboneError, match="pip install diffusers"):
+        FluxVae.from_folder(folder)
+    (folder / "ae.safetensors").unlink()
+    with pytest.raises(BackboneError, match="has no ae.safetensors"):
+        FluxVae.from_folder(folder)
