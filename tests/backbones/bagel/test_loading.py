@@ -192,16 +192,16 @@ def test_partitioned_models_are_checked_before(tensors, golden, config):
     ("file", "values", "said"),
     [
         ("llm_config.json", {"hidden_act": "gelu"}, "llm_config.json: hidden_act is 'gelu'; only 'silu'"),
-        ("llm_config.json", {"qk_norm": False}, "llm_config.json: qk_norm is False"),
         ("llm_config.json", {"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
         ("llm_config.json", {"vocab_size": "300"}, "llm_config.json: vocab_size must be a whole number"),
         ("llm_config.json", {"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0"),
         ("llm_config.json", {"num_attention_heads": 3}, "hidden size 64"),
         ("llm_config.json", {"num_key_value_heads": 3}, "4 heads do not share 3"),
-        ("vit_config.json", {"rope": True}, "vit_config.json: rope is True"),
         ("vit_config.json", {"num_hidden_layers": 5}, "num_hidden_layers is 5, but the weights hold 2"),
         ("vit_config.json", {"num_attention_heads": 5}, "vision tower: hidden size 48"),
         ("config.json", {"interpolate_pos": True}, "config.json: interpolate_pos is True"),
+        ("config.json", {"connector_act": "relu"}, "config.json: connector_act is 'relu'"),
+        ("config.json", {"vae_config": {"z_channels": "16"}}, "z_channels must be a whole number"),
         ("config.json", {"latent_patch_size": 0}, "latent_patch_size must be a whole number"),
     ],
 )
@@ -210,6 +210,13 @@ def test_other_architectures_are_refused(folder, file, values, said):
     (folder / file).write_text(json.dumps(known | values))
     with pytest.raises(BackboneError, match=said):
         load_model(folder)
+
+
+def test_weights_overrule_what_the_public_code_ignores(folder, tensors):
+    (folder / "llm_config.json").write_text(json.dumps(LLM | {"qk_norm": False, "tie_word_embeddings": True}))
+    (folder / "vit_config.json").write_text(json.dumps(VIT | {"rope": True}))
+    (folder / "config.json").write_text(json.dumps({"vae_config": {"z_channels": 16, "downsample": 8}}))
+    assert_holds(load_model(folder), tensors)
 
 
 @pytest.mark.parametrize("file", ["llm_config.json", "vit_config.json"])

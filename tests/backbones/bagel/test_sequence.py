@@ -77,6 +77,20 @@ def test_images_that_do_not_fit_are_refused(config, segment, said):
         pack([[Text([1])], [segment]], config, SPECIAL)
 
 
+def test_special_tokens_come_from_the_vocabulary():
+    vocabulary = {"<|im_start|>": 1, "<|im_end|>": 2, "<|vision_start|>": 3, "<|vision_end|>": 4, "a": 5}
+    assert SpecialTokens.of(vocabulary) == SPECIAL
+    assert SPECIAL.wrap([7, 8]) == [1, 7, 8, 2]
+    del vocabulary["<|vision_end|>"]
+    with pytest.raises(BackboneError, match=r"has no <\|vision_end\|>"):
+        SpecialTokens.of(vocabulary)
+
+
+def test_rows_must_be_those_of_the_context(model, config):
+    with pytest.raises(BackboneError, match="2 rows behind a context of 1"):
+        model(pack([[Text([1])]] * 2, config, SPECIAL), Context.empty(1))
+
+
 def test_a_batch_of_nothing_is_refused(config):
     with pytest.raises(BackboneError, match="every row is empty"):
         pack([[], []], config, SPECIAL)
@@ -174,6 +188,8 @@ def test_flash_groups_leave_padding_out(config):
 def test_attention_is_chosen_by_name_or_by_what_runs():
     cpu = torch.device("cpu")
     assert choose_attention("auto", cpu, torch.bfloat16) == "sdpa"
-    assert choose_attention("flash_attention_2", cpu, torch.float32) == "flash_attention_2"
+    assert choose_attention("sdpa", torch.device("cuda"), torch.bfloat16) == "sdpa"
+    with pytest.raises(BackboneError, match="flash_attention_2 needs a GPU.* on cpu; take auto or sdpa"):
+        choose_attention("flash_attention_2", cpu, torch.float32)
     with pytest.raises(BackboneError, match="unknown attention 'eager'"):
         choose_attention("eager", cpu, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -153,12 +154,19 @@ def _flash(plan: list[FlashGroup], queries: torch.Tensor, keys: torch.Tensor, va
 
 
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`requested`, or for `auto` flash_attention_2 on a GPU in half precision that has it, else sdpa."""
-    if requested == "auto":
-        from transformers.utils import is_flash_attn_2_available
+    """`requested`, or for `auto` flash_attention_2 where it can run, else sdpa.
 
-        half = dtype in (torch.float16, torch.bfloat16)
-        return "flash_attention_2" if half and device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
-    if requested not in IMPLEMENTATIONS:
+    Raises:
+        BackboneError: unknown, or flash-attention where it cannot run.
+    """
+    if requested not in ("auto", *IMPLEMENTATIONS):
         raise BackboneError(f"unknown attention {requested!r}: auto, {' or '.join(IMPLEMENTATIONS)}")
-    return requested
+    if requested == "sdpa":
+        return "sdpa"
+    runs = dtype in (torch.float16, torch.bfloat16) and device.type == "cuda" and find_spec("flash_attn") is not None
+    if requested == "flash_attention_2" and not runs:
+        raise BackboneError(
+            f"flash_attention_2 needs a GPU, bfloat16 or float16 and the package flash-attn, but this is {dtype} on"
+            f" {device}; take auto or sdpa"
+        )
+    return "flash_attention_2" if runs else "sdpa"

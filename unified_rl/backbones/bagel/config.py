@@ -103,7 +103,8 @@ class BagelConfig:
         """Sizes from `llm_config.json` and `vit_config.json`, and from `config.json` where there is one.
 
         The public files disagree with the weights about the vision tower's layers and the length of the position
-        tables; there the weights decide.
+        tables, and the public code overrules what they say of norms of queries and keys, tied embeddings and the
+        tower's rotary positions. In all of this the weights decide: their names and shapes have to fit.
 
         Args:
             shapes: of the checkpoint's tensors by name.
@@ -111,13 +112,12 @@ class BagelConfig:
         Raises:
             BackboneError: a file is missing, unreadable or describes another architecture.
         """
-        language, vision = _Json(folder / "llm_config.json"), _Json(folder / "vit_config.json")
-        whole = _Json(folder / "config.json", required=False)
+        language, vision = _Json.read(folder / "llm_config.json"), _Json.read(folder / "vit_config.json")
+        file = folder / "config.json"
+        whole = _Json.read(file) if file.is_file() else _Json(file, {})
         language.expect("hidden_act", "silu")
         language.expect("rope_scaling", None)
-        language.expect("qk_norm", True)
         vision.expect("hidden_act", "gelu_pytorch_tanh")
-        vision.expect("rope", False)
         whole.expect("connector_act", "gelu_pytorch_tanh")
         whole.expect("interpolate_pos", False)
         patch = whole.integer("latent_patch_size", 2)
@@ -142,7 +142,7 @@ class BagelConfig:
                 norm_eps=vision.number("layer_norm_eps", 1e-6),
             ),
             latent_patch=patch,
-            latent_channels=whole.latent_channels(),
+            latent_channels=whole.nested("vae_config").integer("z_channels", 16),
             latent_side=table_side(shapes, LATENT_TABLE, whole.integer("max_latent_size", 64)),
         )
 
@@ -172,28 +172,27 @@ def _vision_layers(vision: _Json, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return held
 
 
+@dataclass(frozen=True)
 class _Json:
-    """A configuration file that complains in its own name.
+    """Values of a configuration file, with complaints in its name."""
 
-    Raises:
-        BackboneError: it is required and missing, or is not a JSON object.
-    """
+    file: Path
+    values: dict[str, Any]
 
-    def __init__(self, file: Path, required: bool = True) -> None:
-        self.file = file
-        self.values: dict[str, Any] = {}
-        if not required and not file.is_file():
-            return
+    @classmethod
+    def read(cls, file: Path) -> _Json:
+        """Raises `BackboneError` when it is missing or is not a JSON object."""
         try:
-            self.values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BackboneError(
                 f"{file.parent} is not a BAGEL checkpoint folder: it has no {file.name}; download the whole repository"
             ) from None
         except (OSError, ValueError) as error:
             raise BackboneError(f"{file} cannot be read: {error}") from None
-        if not isinstance(self.values, dict):
-            raise BackboneError(f"{file} must hold a JSON object, not a {type(self.values).__name__}")
+        if not isinstance(values, dict):
+            raise BackboneError(f"{file} must hold a JSON object, not a {type(values).__name__}")
+        return cls(file, values)
 
     def expect(self, name: str, value: object) -> None:
         """Complain when `name` is there and is not `value`, the only one that this code computes."""
@@ -214,7 +213,7 @@ class _Json:
             raise BackboneError(f"{self.file}: {name} must be a number above 0, not {value!r}")
         return float(value)
 
-    def latent_channels(self) -> int:
-        """Channels of the VAE, from the nested `vae_config`."""
-        nested = self.values.get("vae_config")
-        return nested.get("z_channels", 16) if isinstance(nested, dict) else 16
+    def nested(self, name: str) -> _Json:
+        """The object under `name`, empty where there is none."""
+        value = self.values.get(name)
+        return _Json(self.file, value if isinstance(value, dict) else {})

@@ -20,6 +20,7 @@ from unified_rl.backbones.bagel.layers import Hidden, LanguageModel, Pass
 from unified_rl.backbones.bagel.positions import PositionTable, TimeEmbedder
 from unified_rl.backbones.bagel.sequence import Packed
 from unified_rl.backbones.bagel.vision import FeedForward, VisionTower
+from unified_rl.backbones.base import BackboneError
 
 
 class BagelModel(nn.Module):
@@ -56,7 +57,12 @@ class BagelModel(nn.Module):
 
         Returns:
             Normed states of all tokens, and the context with these tokens behind it.
+
+        Raises:
+            BackboneError: another number of rows than the context has.
         """
+        if len(packed.segments) != context.batch:
+            raise BackboneError(f"{len(packed.segments)} rows behind a context of {context.batch}; see Context.take")
         states = Hidden(self._understanding_inputs(packed), self._generation_inputs(packed))
         shared = Pass.of(packed, context, self.attention, self.config.language)
         hidden, layers = self.language_model.model(states, shared)

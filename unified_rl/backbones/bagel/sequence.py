@@ -7,7 +7,7 @@ ones of its row, except noisy latents, which nothing else sees. All tokens of an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -27,6 +27,19 @@ class SpecialTokens:
     text_end: int
     image_start: int
     image_end: int
+
+    @classmethod
+    def of(cls, vocabulary: Mapping[str, int]) -> SpecialTokens:
+        """The ids in a tokenizer's vocabulary.
+
+        Raises:
+            BackboneError: it lacks one of them.
+        """
+        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+        absent = [name for name in names if name not in vocabulary]
+        if absent:
+            raise BackboneError(f"the tokenizer has no {', '.join(absent)}: it is not BAGEL's")
+        return cls(*(vocabulary[name] for name in names))
 
     def wrap(self, ids: Sequence[int]) -> list[int]:
         """A complete text: start, ids, end."""
@@ -135,7 +148,8 @@ def pack(
 
     Args:
         rows: segments of each row in order; a row may be empty, and all rows may differ.
-        start: int64 [B] rotary position of each row's first token, `Context.next_position`; default 0.
+        start: int64 [B] rotary position of each row's first token, `Context.next_position`; default 0. Always pass
+            it behind a context: nothing else tells the two apart.
 
     Raises:
         BackboneError: an image of a size that does not fit, naming its row.
