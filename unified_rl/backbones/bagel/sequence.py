@@ -195,15 +195,10 @@ class _Packer:
                 tokens += [("t", position + i, index, True, False) for i in range(len(segment.ids))]
                 position += len(segment.ids)
                 continue
-            kind, count = (
-                ("p", self._picture(number, segment))
-                if isinstance(segment, Picture)
-                else (
-                    "l",
-                    self._latent(number, segment),
-                )
-            )
-            noisy = isinstance(segment, Latent) and segment.noisy
+            if isinstance(segment, Picture):
+                kind, count, noisy = "p", self._picture(number, segment), False
+            else:
+                kind, count, noisy = "l", self._latent(number, segment), segment.noisy
             self.ids += [self.special.image_start, self.special.image_end]
             tokens += [(k, position, index, False, noisy) for k in ("t", *[kind] * count, "t")]
             # What follows a noisy image does not see it, and starts where it does.
