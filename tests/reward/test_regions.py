@@ -21,6 +21,7 @@ from unified_rl.reward.regions import (
     scale_box,
     user_regions,
 )
+from unified_rl.shapes.world import CELL, Object, render
 
 
 def canvas(height=20, width=30, color=(24, 24, 24)):
@@ -136,6 +137,14 @@ def test_components_equal_a_flood_fill():
                 todo += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
         areas.append(before - len(left))
     assert [r.area for r in component_regions(noise)] == areas
+
+
+def test_components_find_the_shapes_of_the_synthetic_world():
+    image = render((Object("square", "red"), None, None, Object("circle", "cyan")))
+    kept = filter_regions(component_regions(image), *image.shape[:2], REGION_RULES["srum"])
+    assert len(kept) == 2
+    cells = {(x1 // CELL, y1 // CELL, (x2 - 1) // CELL, (y2 - 1) // CELL) for x1, y1, x2, y2 in (r.box for r in kept)}
+    assert cells == {(0, 0, 0, 0), (1, 1, 1, 1)}
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)])

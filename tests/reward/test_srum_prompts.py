@@ -1,5 +1,9 @@
 import pytest
+import torch
 
+from unified_rl.policy.reward_weighted import reward_weighted_loss
+from unified_rl.reward.regions import grid_regions
+from unified_rl.reward.reward_map import reward_map
 from unified_rl.reward.srum_parse import JudgeScore, parse_global, parse_regions
 from unified_rl.reward.srum_prompts import GLOBAL_BANDS, LOCAL_BANDS, global_question, local_question
 
@@ -42,3 +46,18 @@ def test_a_judge_that_only_repeats_the_question_has_given_no_score():
 def test_no_regions_no_question():
     with pytest.raises(ValueError, match="without regions"):
         local_question("a cup", [], 48, 64)
+
+
+def test_from_regions_to_the_loss():
+    """The whole chain without a model, as a stage runs it; the numbers by hand."""
+    boxes = [region.box for region in grid_regions(32, 32, 2, 2)]
+    assert "Region 4: from (16, 16) to (32, 32)" in local_question("a red circle", boxes, 32, 32)
+    reply = "Region 1\nScore: 1.0\n---\nRegion 2\nScore: -1\n---\nRegion 4\nScore: 0.5"
+    judged = parse_regions(f"<think>Score: 0.1</think>{reply}", len(boxes))
+    whole = parse_global("**Score:** 0.5\n**Reason:** almost")
+    scores = [judged[i].score if isinstance(judged[i], JudgeScore) else None for i in range(1, len(boxes) + 1)]
+    made = reward_map(boxes, scores, whole.score, (32, 32), (2, 2))
+    assert made.weights.tolist() == [0.75, -0.75, 0.0, 0.375]
+    losses = torch.ones(1, 4)
+    loss, _ = reward_weighted_loss(losses, made.weights[None], torch.ones(1, 4))
+    assert loss.item() == pytest.approx((1.25 + 0.0 + 0.5 + 0.875) / 4)
