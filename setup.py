@@ -22,6 +22,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.0",
         "deepspeed>=0.19.3",  # 0.19.3: frozen weights with activation checkpointing under ZeRO-3
+        "diffusers>=0.41",
         "peft>=0.19",
         "safetensors",
         "tokenizers",
