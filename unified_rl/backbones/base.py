@@ -3,21 +3,77 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unified_rl.runtime import StageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in `typing` from Python 3.11 on
+
+SHOWN = 5  # tensors that a message names
 
 
 class BackboneError(StageError):
     """A checkpoint, policy file or input that cannot be used; the message names it and says what to do."""
 
 
+def tensor_problems(
+    expected: Mapping[str, Sequence[int]],
+    found: Mapping[str, Sequence[int]],
+    unknown: str,
+    optional: Iterable[str] = (),
+) -> list[str]:
+    """What is wrong with the shapes `found` by name; at most SHOWN complaints.
+
+    Args:
+        unknown: what to say of names that are not expected.
+        optional: expected names that may be missing.
+    """
+    problems = [
+        *_listed("missing", expected.keys() - found.keys() - set(optional)),
+        *_listed(unknown, found.keys() - expected.keys()),
+    ]
+    for name in sorted(expected.keys() & found.keys()):
+        if tuple(found[name]) != tuple(expected[name]):
+            problems.append(f"{name} has shape {list(found[name])}, the model {list(expected[name])}")
+    return problems[:SHOWN]
+
+
+def _listed(problem: str, names: Iterable[str]) -> list[str]:
+    ordered = sorted(names)
+    if not ordered:
+        return []
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return [f"{problem}: {', '.join(ordered[:SHOWN])}{more}"]
+
+
+class ReplaySettings:
+    """Base of frozen dataclasses that are part of a policy: replaying a trajectory needs exactly the same values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+            BackboneError: a setting is missing or unknown, so the trajectory cannot be replayed faithfully.
+        """
+        wrong = sorted({f.name for f in fields(cls)} ^ set(values))
+        if wrong:
+            raise BackboneError(f"sampling settings with a missing or unknown entry: {', '.join(wrong)}")
+        return cls(**values)
+
+
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(ReplaySettings):
     """How images are drawn. Part of the policy: replaying a trajectory needs the same values.
 
     Attributes:
@@ -33,22 +89,6 @@ class Sampling:
             raise BackboneError(f"temperature must be a number above 0, not {self.temperature!r}")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise BackboneError(f"guidance_scale must be a number of at least 0, not {self.guidance_scale!r}")
-
-    def to_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, float]) -> Sampling:
-        """Inverse of `to_dict`.
-
-        Raises:
-            BackboneError: a setting is missing or unknown, so the trajectory cannot be replayed faithfully.
-        """
-        wrong = sorted({f.name for f in fields(cls)} ^ set(values))
-        if wrong:
-            raise BackboneError(f"sampling settings with a missing or unknown entry: {', '.join(wrong)}")
-        return cls(**values)
 
 
 @dataclass

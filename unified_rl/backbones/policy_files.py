@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from unified_rl.backbones.base import BackboneError
+from unified_rl.backbones.base import BackboneError, tensor_problems
 from unified_rl.files import atomic_write_bytes
 
 WEIGHTS = "model.safetensors"
@@ -22,7 +22,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "default"
 PEFT_PREFIX = "base_model.model."
 LORA_SEED = 0  # every rank and every resume must start from the same adapter
-SHOWN = 5
 
 
 def inject_lora(model: nn.Module, targets: str, rank: int, alpha: int) -> None:
@@ -109,21 +108,8 @@ def read_tensors(file: Path, expected: Mapping[str, torch.Size]) -> dict[str, to
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise BackboneError(f"{file} cannot be read: {error}") from None
-    problems = [
-        *_listed("missing", expected.keys() - tensors.keys()),
-        *_listed("not part of the policy", tensors.keys() - expected.keys()),
-    ]
-    for name in sorted(expected.keys() & tensors.keys()):
-        if tensors[name].shape != expected[name]:
-            problems.append(f"{name} has shape {list(tensors[name].shape)}, the model {list(expected[name])}")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    problems = tensor_problems(expected, shapes, "not part of the policy")
     if problems:
-        raise BackboneError(f"{file} does not fit the model: {'; '.join(problems[:SHOWN])}")
+        raise BackboneError(f"{file} does not fit the model: {'; '.join(problems)}")
     return tensors
-
-
-def _listed(problem: str, names: Iterable[str]) -> list[str]:
-    ordered = sorted(names)
-    if not ordered:
-        return []
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return [f"{problem}: {', '.join(ordered[:SHOWN])}{more}"]

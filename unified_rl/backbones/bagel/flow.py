@@ -8,20 +8,19 @@ Gaussians (Flow-GRPO, arXiv 2505.05470).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from unified_rl.backbones.base import BackboneError
+from unified_rl.backbones.base import BackboneError, ReplaySettings
 
 RENORMS = ("global", "channel", "none")
 SMALLEST_NORM = 1e-8
 
 
 @dataclass(frozen=True)
-class FlowSampling:
+class FlowSampling(ReplaySettings):
     """How images are drawn; part of the policy: replaying a trajectory needs the same values.
 
     Attributes:
@@ -66,22 +65,6 @@ class FlowSampling:
     def guides_at(self, time: float) -> bool:
         """Whether a velocity at this time needs the branch without the prompt."""
         return self.guidance_scale != 1 and self.guidance_above < time <= self.guidance_up_to
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FlowSampling:
-        """Inverse of `to_dict`.
-
-        Raises:
-            BackboneError: a setting is missing or unknown, so the trajectory cannot be replayed faithfully.
-        """
-        wrong = sorted({f.name for f in fields(cls)} ^ set(values))
-        if wrong:
-            raise BackboneError(f"sampling settings with a missing or unknown entry: {', '.join(wrong)}")
-        return cls(**values)
 
 
 # ---- times --------------------------------------------------------------------------------------------------------

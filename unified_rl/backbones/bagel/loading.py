@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,11 @@ from torch import nn
 from unified_rl.backbones.bagel.attention import choose_attention
 from unified_rl.backbones.bagel.config import BagelConfig
 from unified_rl.backbones.bagel.model import BagelModel
-from unified_rl.backbones.base import BackboneError
+from unified_rl.backbones.base import SHOWN, BackboneError, tensor_problems
 
 WEIGHTS = "ema.safetensors"
 INDEX = WEIGHTS + ".index.json"
 DERIVED = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")  # tables that files may leave out
-SHOWN = 5
 
 Place = Callable[[str, nn.Parameter, Callable[[], torch.Tensor]], None]
 
@@ -103,26 +102,12 @@ def check_names(model: nn.Module, weights: Weights) -> None:
         BackboneError: naming the file and tensors that are missing, unknown or of another shape.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    problems = [
-        *_listed("missing", expected.keys() - weights.shapes.keys() - set(DERIVED)),
-        *_listed("not part of the model", weights.shapes.keys() - expected.keys()),
-    ]
-    for name in sorted(expected.keys() & weights.shapes.keys()):
-        if expected[name] != weights.shapes[name]:
-            problems.append(f"{name} has shape {list(weights.shapes[name])}, the model {list(expected[name])}")
+    problems = tensor_problems(expected, weights.shapes, "not part of the model", optional=DERIVED)
     if problems:
         raise BackboneError(
             f"{weights.describe()} does not fit the model that its configuration describes: "
-            f"{'; '.join(problems[:SHOWN])}. Use weights and JSON files of one checkpoint."
+            f"{'; '.join(problems)}. Use weights and JSON files of one checkpoint."
         )
-
-
-def _listed(problem: str, names: Iterable[str]) -> list[str]:
-    ordered = sorted(names)
-    if not ordered:
-        return []
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return [f"{problem}: {', '.join(ordered[:SHOWN])}{more}"]
 
 
 def copy_in(name: str, parameter: nn.Parameter, read: Callable[[], torch.Tensor]) -> None:

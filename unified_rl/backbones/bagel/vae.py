@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from unified_rl.backbones.bagel.loading import SHOWN, Weights
-from unified_rl.backbones.base import BackboneError
+from unified_rl.backbones.bagel.loading import Weights
+from unified_rl.backbones.base import SHOWN, BackboneError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
