@@ -3,7 +3,6 @@
 import json
 import random
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -62,16 +61,16 @@ def test_it_reads_better_than_it_draws(backbone):
 
 def test_the_image_tokenizer_loses_nothing(backbone):
     assert train_vq.reconstruction_accuracy(backbone.model.model.vqmodel, seed=99, count=100) >= 0.97
-    pictures = np.stack([render(scene) for scene in train_vq.random_scenes(random.Random(5), 64)])
+    pictures = train_vq.random_pictures(random.Random(5), 64)
     codes = backbone.encode_image_tokens(pictures)
-    assert torch.equal(codes, train_vq.true_codes(pictures, 8))
+    assert torch.equal(codes, train_vq.true_codes(pictures))
     assert torch.equal(backbone.encode_image_tokens(backbone.decode(codes)), codes)
 
 
 def test_every_patch_has_a_code_of_its_own():
     scene = (Object("circle", "red"), None, None, Object("circle", "red"))
-    codes = train_vq.true_codes(render(scene)[None], 8).view(4, 4)
-    assert len(train_vq.patch_codes(8)) == CODES
+    codes = train_vq.true_codes(render(scene)[None]).view(4, 4)
+    assert len(train_vq.patch_codes()) == CODES
     assert torch.equal(codes[:2, :2], codes[2:, 2:])
     assert len({*codes[:2, :2].flatten().tolist(), codes[0, 2].item()}) == 5
     assert (codes[:2, 2:] == codes[0, 2]).all()
@@ -81,7 +80,7 @@ def test_codes_that_look_alike_start_alike(untrained):
     model = JanusBackbone.from_pretrained(untrained).model.model
     train_vq.start_codes_alike(model, seed=0)
     red, also_red, blue = (
-        train_vq.true_codes(render((Object(shape, color), None, None, None))[None], 8)[0, 0]
+        train_vq.true_codes(render((Object(shape, color), None, None, None))[None])[0, 0]
         for shape, color in (("circle", "red"), ("square", "red"), ("square", "blue"))
     )
     for rows in (model.generation_embeddings.weight, model.generation_head.vision_head.weight):

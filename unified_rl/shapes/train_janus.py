@@ -25,7 +25,7 @@ from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.shapes import measure
 from unified_rl.shapes.prompts import all_metadata, random_metadata, scene_for
 from unified_rl.shapes.questions import LOOKUPS, TABLES, make_question, make_table
-from unified_rl.shapes.tiny_janus import DESCRIBE, PATCH, build_checkpoint
+from unified_rl.shapes.tiny_janus import DESCRIBE, build_checkpoint
 from unified_rl.shapes.train_vision import train_vision
 from unified_rl.shapes.train_vq import start_codes_alike, train_vq, true_codes
 from unified_rl.shapes.world import render
@@ -117,7 +117,7 @@ def losses(
     draw = torch.zeros(())
     if phase.drawings:
         prompts, pictures, hidden = drawing_batch(settings, phase.drawings, rng)
-        codes = true_codes(pictures, PATCH)
+        codes = true_codes(pictures)
         draw = -backbone.image_dist(prompts, codes, Sampling(), dropped=hidden).log_prob(codes).mean()
     score = backbone.text_logps(*reading_batch(settings, phase, rng), end_of_turn=True)
     return draw, -(score.log_probs * score.mask).sum() / score.mask.sum()

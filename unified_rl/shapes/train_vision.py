@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.janus.modeling_janus import JanusModel
 
 from unified_rl.shapes.questions import random_scene
+from unified_rl.shapes.train_vq import to_pixels
 from unified_rl.shapes.world import CELL, COLORS, GRID, SHAPES, Object, Scene, render
 
 STEPS = 300
@@ -48,8 +49,8 @@ def _indices(item: Object) -> tuple[int, int]:
 def labelled_pictures(rng: random.Random, count: int, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 [count, 3, H, W] in -1..1 and int64 [count, 2, patches] labels."""
     scenes = [random_scene(rng, rng.randint(1, GRID * GRID)) for _ in range(count)]
-    images = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2)
-    return images.float() / 127.5 - 1, torch.from_numpy(np.stack([patch_labels(s, patch) for s in scenes]))
+    images = to_pixels(np.stack([render(s) for s in scenes]))
+    return images, torch.from_numpy(np.stack([patch_labels(s, patch) for s in scenes]))
 
 
 def train_vision(

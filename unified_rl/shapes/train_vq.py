@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from transformers.models.janus.modeling_janus import JanusModel, JanusVQVAE
 
 from unified_rl.shapes.questions import random_scene
-from unified_rl.shapes.world import GRID, IMAGE_SIZE, OBJECTS, Scene, detect, render
+from unified_rl.shapes.tiny_janus import PATCH
+from unified_rl.shapes.world import GRID, OBJECTS, detect, render
 
 STEPS = 1000
 BATCH = 32
 LEARNING_RATE = 2.0e-3
 SHARPNESS = 16.0  # of the logits between encoder outputs and codes, both at unit length
-
 ROW_SCALE = 0.05  # standard deviation of the codes' first input vectors and output rows
 
 
-def random_scenes(rng: random.Random, count: int) -> list[Scene]:
-    """Scenes of 0 to 4 random objects."""
-    return [random_scene(rng, rng.randint(0, GRID * GRID)) for _ in range(count)]
+def random_pictures(rng: random.Random, count: int) -> np.ndarray:
+    """uint8 [count, H, W, 3]: scenes of 0 to 4 random objects."""
+    return np.stack([render(random_scene(rng, rng.randint(0, GRID * GRID))) for _ in range(count)])
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
@@ -42,38 +42,37 @@ def to_uint8(pixels: torch.Tensor) -> np.ndarray:
     return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255).round().byte().numpy()
 
 
-def patches(images: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [B * H/side * W/side, side * side * 3] from uint8 [B, H, W, 3], in reading order."""
+def patches(images: np.ndarray) -> np.ndarray:
+    """uint8 [B * H/PATCH * W/PATCH, PATCH * PATCH * 3] from uint8 [B, H, W, 3], in reading order."""
     count, height, width, _ = images.shape
-    grid = images.reshape(count, height // side, side, width // side, side, 3)
-    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, side * side * 3)
+    grid = images.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, PATCH * PATCH * 3)
 
 
-@lru_cache(maxsize=4)
-def patch_codes(side: int) -> dict[bytes, int]:
+@lru_cache(maxsize=1)
+def patch_codes() -> dict[bytes, int]:
     """The code of every distinct patch of the world, by its bytes."""
     scenes = [(item, *[None] * (GRID * GRID - 1)) for item in (None, *OBJECTS)]
-    distinct = {patch.tobytes() for patch in patches(np.stack([render(s) for s in scenes]), side)}
+    distinct = {patch.tobytes() for patch in patches(np.stack([render(s) for s in scenes]))}
     return {patch: code for code, patch in enumerate(sorted(distinct))}
 
 
-def true_codes(images: np.ndarray, side: int) -> torch.Tensor:
+def true_codes(images: np.ndarray) -> torch.Tensor:
     """int64 [B, patches] codes of uint8 [B, H, W, 3] pictures of the world."""
-    known = patch_codes(side)
-    return torch.tensor([known[patch.tobytes()] for patch in patches(images, side)]).view(len(images), -1)
+    known = patch_codes()
+    return torch.tensor([known[patch.tobytes()] for patch in patches(images)]).view(len(images), -1)
 
 
-def encode(vq: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
-    """Unit-norm encoder outputs [B, patches, D] of [B, 3, H, W] in -1..1."""
-    return F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1).flatten(2).transpose(1, 2)
+def similarities(vq: JanusVQVAE, pixels: torch.Tensor) -> torch.Tensor:
+    """Cosines [B, patches, codes] of encoder outputs and codes, for pixels [B, 3, H, W] in -1..1."""
+    outputs = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1).flatten(2).transpose(1, 2)
+    return outputs @ F.normalize(vq.quantize.embedding.weight, dim=1).T
 
 
 def losses(vq: JanusVQVAE, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of the codes (nats a patch), and absolute plus squared error of the decoded pixels."""
-    pixels = to_pixels(images)
-    codes = true_codes(images, images.shape[1] // vq.quantize.quant_state_dims[0])
-    book = F.normalize(vq.quantize.embedding.weight, dim=1)
-    reading = F.cross_entropy((SHARPNESS * encode(vq, pixels) @ book.T).flatten(0, 1), codes.flatten())
+    pixels, codes = to_pixels(images), true_codes(images)
+    reading = F.cross_entropy((SHARPNESS * similarities(vq, pixels)).flatten(0, 1), codes.flatten())
     errors = vq.decode(codes) - pixels
     return reading, errors.abs().mean() + errors.square().mean()
 
@@ -86,7 +85,7 @@ def train_vq(vq: JanusVQVAE, seed: int, log: Callable[[str], None], steps: int =
     optimizer = torch.optim.AdamW(vq.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
     for step in range(1, steps + 1):
-        reading, drawing = losses(vq, np.stack([render(s) for s in random_scenes(rng, BATCH)]))
+        reading, drawing = losses(vq, random_pictures(rng, BATCH))
         optimizer.zero_grad(set_to_none=True)
         (reading + drawing).backward()
         torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
@@ -108,10 +107,9 @@ def start_codes_alike(model: JanusModel, seed: int) -> None:
     Otherwise "red" means something new for each of two dozen codes, and a small language model draws every object in
     a random colour for thousands of steps.
     """
-    side = IMAGE_SIZE // model.vqmodel.quantize.quant_state_dims[0]
-    pixels = torch.tensor([list(patch) for patch in patch_codes(side)], dtype=torch.float32).view(-1, side * side, 3)
+    pixels = torch.tensor([list(patch) for patch in patch_codes()], dtype=torch.float32).view(-1, PATCH * PATCH, 3)
     # The mean colour counts as much as all pixels together.
-    looks = torch.cat([pixels.flatten(1), side * pixels.mean(1)], dim=1)
+    looks = torch.cat([pixels.flatten(1), PATCH * pixels.mean(1)], dim=1)
     looks = looks - looks.mean(0)
     generator = torch.Generator().manual_seed(seed)
     for rows in (model.generation_embeddings.weight, model.generation_head.vision_head.weight):
@@ -122,10 +120,8 @@ def start_codes_alike(model: JanusModel, seed: int) -> None:
 @torch.no_grad()
 def reconstruction_accuracy(vq: JanusVQVAE, seed: int, count: int) -> float:
     """Share of pictures whose reconstruction the detector reads exactly as the original."""
-    images = np.stack([render(s) for s in random_scenes(random.Random(f"vq-check-{seed}"), count)])
-    book = F.normalize(vq.quantize.embedding.weight, dim=1)
-    codes = (encode(vq, to_pixels(images)) @ book.T).argmax(-1)
-    drawn = to_uint8(vq.decode(codes))
+    images = random_pictures(random.Random(f"vq-check-{seed}"), count)
+    drawn = to_uint8(vq.decode(similarities(vq, to_pixels(images)).argmax(-1)))
     return float(np.mean([_seen(a) == _seen(b) for a, b in zip(images, drawn, strict=True)]))
 
 
