@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from unified_rl.backbones.base import ImageTraj, TextScore, TextTraj
+from unified_rl.backbones.base import TextScore, TextTraj, TokenTraj
 from unified_rl.config import open_run
 from unified_rl.evaluation.stage import evaluate
 from unified_rl.ledger import Run
@@ -57,7 +57,7 @@ class Painter:
             metadata = BY_PROMPT[prompts[i // each]]
             scene = scene_for(metadata, rng) if right else random_scene(rng, 2)
             self.drawn[tuple(actions[i].tolist())] = render(scene)
-        return ImageTraj(actions, torch.full(actions.shape, -1.0), torch.ones(actions.shape))
+        return TokenTraj(actions, torch.full(actions.shape, -1.0))
 
     def decode(self, actions):
         return np.stack([self.drawn[tuple(row)] for row in actions.tolist()])

@@ -92,18 +92,87 @@ class Sampling(ReplaySettings):
 
 
 @dataclass
-class ImageTraj:
-    """B images as sequences of S decisions.
+class TokenTraj:
+    """B images as sequences of S tokens, each a decision of the policy.
 
     Attributes:
         actions: int64 [B, S] image tokens.
         log_probs: fp32 [B, S] under the distribution that was sampled, guidance and temperature included.
-        step_mask: fp32 [B, S], 1 for a decision of the policy, 0 for a forced step.
     """
 
     actions: torch.Tensor
     log_probs: torch.Tensor
-    step_mask: torch.Tensor
+
+    @property
+    def taken(self) -> torch.Tensor:
+        """What a step distribution takes for its log-probabilities."""
+        return self.actions
+
+    def tensors(self, row: int) -> dict[str, torch.Tensor]:
+        """One image for a record."""
+        return {"actions": self.actions[row].int().cpu(), "log_probs": self.log_probs[row].float().cpu()}
+
+    @classmethod
+    def stack(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> TokenTraj:
+        """Inverse of `tensors`, for many images."""
+        return cls(torch.stack([r["actions"].long() for r in rows]), torch.stack([r["log_probs"] for r in rows]))
+
+    def to(self, device: torch.device) -> TokenTraj:
+        """The same on `device`."""
+        return TokenTraj(self.actions.to(device), self.log_probs.to(device))
+
+
+@dataclass
+class FlowTraj:
+    """B images as latents of N cells with D numbers, drawn in S decisions of the policy among steps of the ODE.
+
+    Attributes:
+        latents: fp32 [B, S + 1, N, D] before the first decision and after each; decisions are consecutive steps.
+        steps: int64 [B, S] which steps of the schedule they are; images of one group share them.
+        log_probs: fp32 [B, S] under the distribution that was sampled, guidance included.
+        final: fp32 [B, N, D] the image's latents.
+    """
+
+    latents: torch.Tensor
+    steps: torch.Tensor
+    log_probs: torch.Tensor
+    final: torch.Tensor
+
+    @property
+    def taken(self) -> torch.Tensor:
+        """What a step distribution takes for its log-probabilities: fp32 [B, S, N, D]."""
+        return self.latents[:, 1:]
+
+    def tensors(self, row: int) -> dict[str, torch.Tensor]:
+        """One image for a record; an image drawn by the ODE alone has no decisions, so only `final` is stored."""
+        kept = {"final": self.final[row].float().cpu()}
+        if self.steps.shape[1]:
+            kept["latents"] = self.latents[row].float().cpu()
+            kept["steps"] = self.steps[row].int().cpu()
+            kept["log_probs"] = self.log_probs[row].float().cpu()
+        return kept
+
+    @classmethod
+    def stack(cls, rows: Sequence[Mapping[str, torch.Tensor]]) -> FlowTraj:
+        """Inverse of `tensors`, for many images with the same number of decisions."""
+        final = torch.stack([r["final"] for r in rows])
+        if "latents" not in rows[0]:
+            none = final.new_zeros(len(rows), 0)
+            return cls(final[:, None], none.long(), none, final)
+        latents, log_probs = (torch.stack([r[name] for r in rows]) for name in ("latents", "log_probs"))
+        return cls(latents, torch.stack([r["steps"].long() for r in rows]), log_probs, final)
+
+    def to(self, device: torch.device) -> FlowTraj:
+        """The same on `device`."""
+        return FlowTraj(*(part.to(device) for part in (self.latents, self.steps, self.log_probs, self.final)))
+
+
+Trajectory = TokenTraj | FlowTraj
+
+
+def stack_trajectories(rows: Sequence[Mapping[str, torch.Tensor]]) -> Trajectory:
+    """The trajectory of records' tensors, all of one kind."""
+    return (FlowTraj if "final" in rows[0] else TokenTraj).stack(rows)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from unified_rl.backbones import policy_files
-from unified_rl.backbones.base import BackboneError, Categorical, ImageTraj, Sampling, TextScore, TextTraj
+from unified_rl.backbones.base import BackboneError, Categorical, Sampling, TextScore, TextTraj, TokenTraj
 from unified_rl.backbones.janus_inputs import JanusInputs
 from unified_rl.backbones.janus_sampling import guided, positions_of, sample_images, sample_text
 
@@ -186,7 +186,7 @@ class JanusBackbone:
 
     # ---- drawing --------------------------------------------------------------------------------------------------
 
-    def rollout_images(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> ImageTraj:
+    def rollout_images(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> TokenTraj:
         """Draw G images per prompt; the actions of a sample depend on its prompt and seed only.
 
         Args:

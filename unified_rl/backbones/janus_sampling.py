@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, JanusForConditionalGeneration, StaticCache
 
-from unified_rl.backbones.base import BackboneError, Categorical, ImageTraj, Sampling, inverse_cdf, uniform_streams
+from unified_rl.backbones.base import BackboneError, Categorical, Sampling, TokenTraj, inverse_cdf, uniform_streams
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def sample_images(
     seeds: Sequence[int],
     length: int,
     sampling: Sampling,
-) -> ImageTraj:
+) -> TokenTraj:
     """Draw `length` image tokens for each seed.
 
     Args:
@@ -122,7 +122,7 @@ def sample_images(
         logits = guided(model.model.generation_head(decoder.hidden), sampling)
         actions[:, i] = inverse_cdf(logits, uniforms[:, i])
         log_probs[:, i] = Categorical(logits).log_prob(actions[:, i])
-    return ImageTraj(actions, log_probs, torch.ones_like(log_probs))
+    return TokenTraj(actions, log_probs)
 
 
 @torch.no_grad()
