@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from unified_rl.backbones.base import TextScore, TextTraj, TokenTraj
+from unified_rl.backbones.base import Sampling, TextScore, TextTraj, TokenTraj
 from unified_rl.config import open_run
 from unified_rl.evaluation.stage import evaluate
 from unified_rl.ledger import Run
@@ -38,17 +38,25 @@ class Words:
         return " " + next(word for word, i in self.ids.items() if i == ids[0])
 
 
+class Uniform:
+    """Every decision has log-probability -1."""
+
+    def reference(self, taken):
+        return torch.full(taken.shape, -1.0)
+
+
 class Painter:
     """Draws a prompt rightly with probability `skill`; reads pictures perfectly; answers every question with yes."""
 
     device = torch.device("cpu")
+    sampling_type = Sampling
 
     def __init__(self, skill):
         self.skill = skill
         self.tokenizer = Words()
         self.drawn = {}
 
-    def rollout_images(self, prompts, seeds, sampling):
+    def rollout_images(self, prompts, seeds, sampling, plans=None):
         each = len(seeds) // len(prompts)
         actions = torch.tensor([[s >> (15 * i) & 0x7FFF for i in range(TOKENS)] for s in seeds])
         for i, seed in enumerate(seeds):
@@ -59,15 +67,11 @@ class Painter:
             self.drawn[tuple(actions[i].tolist())] = render(scene)
         return TokenTraj(actions, torch.full(actions.shape, -1.0))
 
-    def decode(self, actions):
-        return np.stack([self.drawn[tuple(row)] for row in actions.tolist()])
+    def decode(self, trajectory):
+        return np.stack([self.drawn[tuple(row)] for row in trajectory.actions.tolist()])
 
-    def image_dist(self, prompts, actions, sampling, steps=None):
-        class Constant:
-            def log_prob(self, actions):
-                return torch.full(actions.shape, -1.0)
-
-        return Constant()
+    def image_dist(self, prompts, trajectory, sampling, steps=None, plans=None):
+        return Uniform()
 
     def text_logps(self, images, questions, responses, end_of_turn=False):
         ids = [self.tokenizer.encode(r) for r in responses]
@@ -101,6 +105,7 @@ def use_painter(monkeypatch):
     def load(config, local_rank=0, policy=None, ds_config=None):
         return Painter(0.3 if policy is None else 0.5 + 0.2 * int(policy.parent.name[-1]))
 
+    monkeypatch.setattr("unified_rl.reward.judges.load_backbone", load)
     monkeypatch.setattr("unified_rl.backbones.load.load_backbone", load)
 
 

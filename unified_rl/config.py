@@ -47,12 +47,33 @@ class DataConfig:
 
 
 @dataclass
+class FlowConfig:
+    """How flow and diffusion backbones draw (`backbones/bagel/flow.py`); token backbones do not read it."""
+
+    steps: int = 49  # evaluations of the velocity
+    shift: float = 3.0  # above 1 spends more steps near the noise
+    eta: float = 0.7  # noise of the SDE steps, which GRPO needs; 0 draws by the ODE
+    sde_window: int = 0  # consecutive SDE steps of an image, placed by the group's seed; 0: all but the last step
+    sde_before: int = 0  # the window ends at this step or earlier; 0: anywhere before the last step
+    guidance_above: float = 0.4  # guidance acts at times in (above, up to]; 1 is noise
+    guidance_up_to: float = 1.0
+    renorm: str = "global"  # global | channel | none
+    renorm_min: float = 0.0
+
+
+@dataclass
 class RolloutConfig:
     """Sampling of G images per prompt."""
 
     group_size: int = 8
-    temperature: float = 1.0
+    temperature: float = 1.0  # of token backbones
     guidance_scale: float = 1.0
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    think: bool = False  # write a plan first and draw from prompt and plan (BAGEL)
+    plan_instruction: str = (
+        "Think about the picture before you draw it, and write a detailed plan of it between <think> and </think>."
+    )
+    plan_tokens: int = 1000  # a plan is cut off here
     groups_per_batch: int = 8  # prompts sampled together; G times as many images
     groups_per_shard: int = 32
     workers: int = 1  # processes on this machine; the images do not depend on it
@@ -73,14 +94,22 @@ class RewardConfig:
 
 @dataclass
 class PolicyConfig:
-    """Group-relative policy optimisation on image tokens."""
+    """The update: GRPO on the decisions that drew the images, or the images' own loss weighted by their reward."""
 
+    update: str = "grpo"  # grpo | reward_weighted
     std_eps: float = 1.0e-8
     min_std: float = 1.0e-6  # a group whose rewards spread less carries no signal and is skipped
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coefficient: float = 0.03
-    control: str = "none"  # shuffled: rewards permuted over all images of the iteration (a control run)
+    steps_per_update: int = 0  # grpo on flow: SDE steps of each image in one update, drawn anew each time; 0: all
+    reference_weight: float = 0.5  # reward_weighted: lambda, pull towards the images as they are (SRUM eq. 3)
+    min_weight: float = 0.0  # reward_weighted: floor of a cell's weight; -.inf is the paper, which pushes cells away
+    advantage_limit: float = 2.0  # reward_weighted with one reward an image: advantage at which the map reaches 1
+    flow_shift: float = 4.0  # reward_weighted on flow: shift of the times that are trained
+    hidden_prompts: float = 0.0  # reward_weighted: share of images trained without their prompt, for guidance
+    # Control runs. shuffled: rewards permuted over all images of the iteration; constant: every cell weighs 1.
+    control: str = "none"
 
 
 @dataclass
@@ -120,6 +149,8 @@ class EvaluateConfig:
     prompts: str = ""  # folder of prompt shards; empty: no evaluation
     samples_per_prompt: int = 4
     batch_size: int = 32  # prompts sampled together
+    guidance_scale: float = 1.0
+    flow_steps: int = 0  # steps of the ODE; 0: as many as the rollout
     every: int = 0  # evaluate after every n-th iteration; 0: base and last only
     bootstrap: int = 2000  # resamples over prompts for the 95 % intervals
     questions: int = 0  # shapes only: questions per family asked to measure understanding
@@ -140,13 +171,16 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+TOKEN_FAMILIES = ("janus",)  # draw tokens; all others draw by a flow
 CHOICES = {
     "backbone.family": ("janus",),
     "backbone.dtype": ("float32", "bfloat16"),
     "reward.method": ("gvu",),
     "reward.judge": ("frozen", "live"),
     "reward.domain": ("probability", "log"),
-    "policy.control": ("none", "shuffled"),
+    "rollout.flow.renorm": ("global", "channel", "none"),
+    "policy.update": ("grpo", "reward_weighted"),
+    "policy.control": ("none", "shuffled", "constant"),
     "train.scope": ("lora", "full"),
     "train.old_log_probs": ("rollout", "recomputed"),
 }
@@ -154,7 +188,9 @@ AT_LEAST = {
     "iterations": 1,
     "backbone.threads": 1,
     "data.prompts_per_iteration": 1,
-    "rollout.group_size": 2,  # the standard deviation of one reward is undefined
+    "rollout.group_size": 1,
+    "rollout.flow.steps": 1,
+    "rollout.plan_tokens": 1,
     "rollout.groups_per_batch": 1,
     "rollout.groups_per_shard": 1,
     "rollout.workers": 1,
@@ -165,11 +201,23 @@ AT_LEAST = {
     "train.epochs": 1,
     "train.micro_batch": 1,
     "train.keep_checkpoints": 1,
+    "policy.steps_per_update": 0,
+    "policy.reference_weight": 0,
+    "rollout.flow.eta": 0,
+    "evaluate.flow_steps": 0,
     "evaluate.samples_per_prompt": 1,
     "evaluate.batch_size": 1,
     "evaluate.bootstrap": 1,
 }
-ABOVE_ZERO = ("rollout.temperature", "train.learning_rate", "policy.clip_low", "policy.clip_high")
+ABOVE_ZERO = (
+    "rollout.temperature",
+    "rollout.flow.shift",
+    "train.learning_rate",
+    "policy.clip_low",
+    "policy.clip_high",
+    "policy.advantage_limit",
+    "policy.flow_shift",
+)
 
 
 def keys_of(schema: type, prefix: str = "") -> list[str]:
@@ -263,11 +311,30 @@ def validate(config: DictConfig) -> RunConfig:
         value = OmegaConf.select(config, key)
         if not value > 0:
             raise ConfigError(f"{key}={value} must be above 0")
-    if not 0 <= config.reward.max_failed_share <= 1:
-        raise ConfigError(f"reward.max_failed_share={config.reward.max_failed_share} must lie in 0..1")
+    for key in ("reward.max_failed_share", "policy.hidden_prompts"):
+        if not 0 <= OmegaConf.select(config, key) <= 1:
+            raise ConfigError(f"{key}={OmegaConf.select(config, key)} must lie in 0..1")
     if config.policy.clip_low >= 1:
         raise ConfigError(f"policy.clip_low={config.policy.clip_low} must be below 1: the ratio is positive")
+    _check_combinations(config)
     return OmegaConf.to_object(config)
+
+
+def _check_combinations(config: DictConfig) -> None:
+    """Settings that are possible one by one, but not together."""
+    grpo, groups = config.policy.update == "grpo", config.rollout.group_size
+    if groups < 2 and (grpo or config.reward.method == "gvu"):
+        raise ConfigError(f"rollout.group_size={groups} must be at least 2: rewards are compared within a group")
+    if grpo and config.policy.control == "constant":
+        raise ConfigError("policy.control=constant is a control of policy.update=reward_weighted")
+    if config.backbone.family in TOKEN_FAMILIES:
+        if config.rollout.think:
+            raise ConfigError(f"rollout.think=true: {config.backbone.family} cannot draw from a written plan")
+        return
+    if config.rollout.temperature != 1:
+        raise ConfigError(f"rollout.temperature={config.rollout.temperature}: {config.backbone.family} has none, set 1")
+    if grpo and not config.rollout.flow.eta > 0:
+        raise ConfigError("rollout.flow.eta=0 draws by the ODE, which policy.update=grpo cannot train; set it above 0")
 
 
 def to_yaml(config: RunConfig) -> str:

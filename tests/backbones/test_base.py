@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from unified_rl.backbones.base import BackboneError, Categorical, Sampling, TextScore, inverse_cdf, uniform_streams
+from unified_rl.backbones.base import (
+    BackboneError,
+    Categorical,
+    FlowTraj,
+    Sampling,
+    TextScore,
+    TokenTraj,
+    inverse_cdf,
+    stack_trajectories,
+    uniform_streams,
+)
 
 
 def test_categorical_on_hand_computed_numbers():
@@ -70,3 +80,52 @@ def test_mean_log_prob_ignores_padding_and_is_nan_for_nothing():
     score = TextScore(torch.tensor([[-1.0, -3.0, -9.0], [0.0, 0.0, 0.0]]), mask, torch.zeros(2, 3, dtype=torch.long))
     assert score.mean_log_prob()[0].item() == -2.0
     assert math.isnan(score.mean_log_prob()[1].item())
+
+
+def test_estimated_divergence_by_hand():
+    # policy 1/2, base model 1/4: d = -log 2, k3 = 1/2 + log 2 - 1; its slope in log pi is 1 - 1/2
+    logits = torch.tensor([[[0.5, 0.5]]]).log().requires_grad_()
+    taken = torch.tensor([[0]])
+    policy = Categorical(logits)
+    estimate = policy.kl_to(taken, torch.tensor([[0.25]]).log())
+    assert estimate.item() == pytest.approx(math.log(2) - 0.5, rel=1e-6)
+    (slope,) = torch.autograd.grad(estimate, policy.log_probs)
+    assert slope[0, 0, 0].item() == pytest.approx(0.5, rel=1e-6)
+    assert Categorical(logits).kl_to(taken, Categorical(logits).reference(taken)).item() == 0
+
+
+def test_estimated_divergence_averages_to_the_true_one():
+    logits = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(0))
+    policy, base = Categorical(logits[0].expand(5, 1, 5)), Categorical(logits[1].expand(5, 1, 5))
+    every = torch.arange(5)[:, None]  # each token once, weighted by its probability
+    estimates = policy.kl_to(every, base.reference(every))[:, 0]
+    assert (policy.log_probs[0, 0].exp() * estimates).sum().item() == pytest.approx(
+        policy.kl(base)[0, 0].item(), rel=1e-5
+    )
+
+
+def test_trajectories_come_back_from_their_records():
+    tokens = TokenTraj(torch.arange(6).view(2, 3), -torch.rand(2, 3))
+    again = stack_trajectories([tokens.tensors(row) for row in range(2)])
+    assert (
+        isinstance(again, TokenTraj)
+        and torch.equal(again.actions, tokens.actions)
+        and again.actions.dtype == torch.int64
+    )
+    assert torch.equal(again.taken, tokens.actions) and torch.equal(again.log_probs, tokens.log_probs)
+    flow = FlowTraj(
+        torch.randn(2, 4, 5, 6), torch.tensor([[1, 2, 3], [0, 1, 2]]), torch.randn(2, 3), torch.randn(2, 5, 6)
+    )
+    again = stack_trajectories([flow.tensors(row) for row in range(2)])
+    for name in ("latents", "steps", "log_probs", "final"):
+        assert torch.equal(getattr(again, name), getattr(flow, name)), name
+    assert torch.equal(again.taken, flow.latents[:, 1:])
+
+
+def test_an_image_of_the_ode_stores_its_latents_only():
+    flow = FlowTraj(
+        torch.randn(2, 1, 5, 6), torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0), torch.randn(2, 5, 6)
+    )
+    assert set(flow.tensors(0)) == {"final"}
+    again = stack_trajectories([flow.tensors(row) for row in range(2)])
+    assert torch.equal(again.final, flow.final) and again.steps.shape == again.log_probs.shape == (2, 0)

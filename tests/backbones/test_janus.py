@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import JanusProcessor
 
-from unified_rl.backbones.base import BackboneError, Sampling
+from unified_rl.backbones.base import BackboneError, Sampling, TokenTraj
 from unified_rl.backbones.janus import JanusBackbone
 
 PROMPTS = ["a red circle", "two blue squares and a green ring", "a cross"]
@@ -27,6 +27,11 @@ def fresh(random_janus_folder):
 
 def pictures(count, side=32, seed=0):
     return list(np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+
+
+def drawn(actions):
+    """Given tokens as images of unknown probability."""
+    return TokenTraj(actions, torch.zeros(actions.shape))
 
 
 def repeated(prompts, times):
@@ -56,7 +61,7 @@ class LanguageModelCalls:
 @BOTH
 def test_replay_ratio_is_one(janus, sampling):
     trajectory = janus.rollout_images(PROMPTS, list(range(12)), sampling)
-    new = janus.image_dist(repeated(PROMPTS, 4), trajectory.actions, sampling).log_prob(trajectory.actions)
+    new = janus.image_dist(repeated(PROMPTS, 4), trajectory, sampling).log_prob(trajectory.actions)
     assert trajectory.actions.shape == trajectory.log_probs.shape == (12, 16)
     assert trajectory.log_probs.dtype == torch.float32
     assert (new - trajectory.log_probs).exp().sub(1).abs().max() <= 1e-4
@@ -91,8 +96,8 @@ def test_prompt_is_run_once_per_group_and_no_unconditional_branch_at_scale_one(j
     assert batches == [6] + [24] * 15
     actions = torch.zeros(3, 16, dtype=torch.long)
     with LanguageModelCalls(janus) as batches:
-        janus.image_dist(PROMPTS, actions, PLAIN)
-        janus.image_dist(PROMPTS, actions, GUIDED)
+        janus.image_dist(PROMPTS, drawn(actions), PLAIN)
+        janus.image_dist(PROMPTS, drawn(actions), GUIDED)
     assert batches == [3, 6]
 
 
@@ -100,7 +105,7 @@ def test_rollout_frequencies_are_the_replayed_distribution(janus):
     """Chi-square of the first token over 2000 seeds, through the whole sampling path."""
     draws = 2000
     first = janus.rollout_images([PROMPTS[0]], list(range(draws)), PLAIN).actions[:, 0]
-    logits = janus.image_dist([PROMPTS[0]], torch.zeros(1, 16, dtype=torch.long), PLAIN, steps=[0]).logits[0, 0]
+    logits = janus.image_dist([PROMPTS[0]], drawn(torch.zeros(1, 16, dtype=torch.long)), PLAIN, steps=[0]).logits[0, 0]
     expected = logits.double().softmax(-1) * draws
     order = expected.argsort(descending=True)
     seen, expected = first.bincount(minlength=len(expected))[order], expected[order]
@@ -125,32 +130,32 @@ def test_cold_sampling_is_transformers_greedy_guided_generation(janus):
 @BOTH
 def test_subset_of_steps_equals_full(janus, sampling):
     actions = janus.rollout_images(PROMPTS, [1, 2, 3], sampling).actions
-    full = janus.image_dist(PROMPTS, actions, sampling).logits
+    full = janus.image_dist(PROMPTS, drawn(actions), sampling).logits
     for steps in ([0], [3, 7, 15], [9, 2]):
-        part = janus.image_dist(PROMPTS, actions, sampling, steps=steps).logits
+        part = janus.image_dist(PROMPTS, drawn(actions), sampling, steps=steps).logits
         assert torch.allclose(part, full[:, steps], atol=1e-5)
 
 
 def test_kl_to_itself_is_zero_and_to_another_is_not(janus):
     actions = janus.rollout_images(PROMPTS, [1, 2, 3], PLAIN).actions
-    one, again = janus.image_dist(PROMPTS, actions, PLAIN), janus.image_dist(PROMPTS, actions, PLAIN)
+    one, again = janus.image_dist(PROMPTS, drawn(actions), PLAIN), janus.image_dist(PROMPTS, drawn(actions), PLAIN)
     assert (one.kl(again) == 0).all()
-    assert (janus.image_dist(PROMPTS[1:] + PROMPTS[:1], actions, PLAIN).kl(one) > 0).all()
+    assert (janus.image_dist(PROMPTS[1:] + PROMPTS[:1], drawn(actions), PLAIN).kl(one) > 0).all()
 
 
 def test_padding_of_other_prompts_does_not_matter(janus):
     actions = janus.rollout_images(PROMPTS, [1, 2, 3], PLAIN).actions
-    together = janus.image_dist(PROMPTS, actions, PLAIN).logits
+    together = janus.image_dist(PROMPTS, drawn(actions), PLAIN).logits
     for row, prompt in enumerate(PROMPTS):
-        alone = janus.image_dist([prompt], actions[row : row + 1], PLAIN).logits[0]
+        alone = janus.image_dist([prompt], drawn(actions[row : row + 1]), PLAIN).logits[0]
         assert torch.allclose(together[row], alone, atol=1e-4)
 
 
 def test_dropped_prompts_are_the_unconditional_branch(janus):
     actions = janus.rollout_images(PROMPTS, [1, 2, 3], PLAIN).actions
-    conditional = janus.image_dist(PROMPTS, actions, PLAIN).logits
-    dropped = janus.image_dist(PROMPTS, actions, PLAIN, dropped=[False, True, True]).logits
-    guided = janus.image_dist(PROMPTS, actions, Sampling(guidance_scale=3.0)).logits
+    conditional = janus.image_dist(PROMPTS, drawn(actions), PLAIN).logits
+    dropped = janus.image_dist(PROMPTS, drawn(actions), PLAIN, dropped=[False, True, True]).logits
+    guided = janus.image_dist(PROMPTS, drawn(actions), Sampling(guidance_scale=3.0)).logits
     assert torch.allclose(dropped[0], conditional[0], atol=1e-5)
     combined = dropped + 3.0 * (conditional - dropped)
     assert torch.allclose(combined[1:], guided[1:], atol=1e-4)
@@ -160,7 +165,7 @@ def test_actions_and_seeds_that_do_not_fit_are_refused(janus):
     with pytest.raises(BackboneError, match="7 seeds"):
         janus.rollout_images(PROMPTS, list(range(7)), PLAIN)
     with pytest.raises(BackboneError, match=r"\[3, 15\]"):
-        janus.image_dist(PROMPTS, torch.zeros(3, 15, dtype=torch.long), PLAIN)
+        janus.image_dist(PROMPTS, drawn(torch.zeros(3, 15, dtype=torch.long)), PLAIN)
 
 
 # ---- image tokenizer ----------------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ def test_actions_and_seeds_that_do_not_fit_are_refused(janus):
 
 def test_decode_is_the_models_own_decoder_as_bytes(janus):
     actions = janus.rollout_images(PROMPTS, list(range(36)), PLAIN).actions  # more than one part
-    images = janus.decode(actions)
+    images = janus.decode(drawn(actions))
     with torch.no_grad():
         pixels = janus.model.decode_image_tokens(actions)
     assert images.dtype == np.uint8
@@ -357,8 +362,8 @@ def test_half_precision_keeps_the_image_tokenizer_in_fp32(random_janus_folder, j
     assert set(kinds.values()) == {torch.bfloat16}
     trajectory = half.rollout_images(PROMPTS, list(range(6)), GUIDED)
     assert trajectory.log_probs.dtype == torch.float32
-    assert np.array_equal(half.decode(trajectory.actions), janus.decode(trajectory.actions))
-    distribution = half.image_dist(repeated(PROMPTS, 2), trajectory.actions, GUIDED)
+    assert np.array_equal(half.decode(trajectory), janus.decode(trajectory))
+    distribution = half.image_dist(repeated(PROMPTS, 2), trajectory, GUIDED)
     assert distribution.logits.dtype == torch.float32
     assert half.text_logps(pictures(1), ["what?"], ["yes"]).log_probs.dtype == torch.float32
     half.model.save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unified_rl.backbones.base import BackboneError, Sampling
+from unified_rl.backbones.base import BackboneError, Sampling, TokenTraj
 from unified_rl.backbones.janus import JanusBackbone
 
 PROMPTS = ["a red circle", "two blue squares and a green ring"]
@@ -21,9 +21,14 @@ def load(folder, scope="full", **kwargs):
     return backbone
 
 
+def drawn(actions):
+    """Given tokens as images of unknown probability."""
+    return TokenTraj(actions, torch.zeros(actions.shape))
+
+
 def logits(backbone, sampling=GUIDED):
     actions = torch.arange(32).view(2, 16)
-    return backbone.image_dist(PROMPTS, actions, sampling).logits
+    return backbone.image_dist(PROMPTS, drawn(actions), sampling).logits
 
 
 def change(backbone, scope, seed=0):
@@ -35,7 +40,7 @@ def change(backbone, scope, seed=0):
 
 
 def gradients(backbone, sampling=GUIDED):
-    distribution = backbone.image_dist(PROMPTS, torch.arange(32).view(2, 16), sampling)
+    distribution = backbone.image_dist(PROMPTS, drawn(torch.arange(32).view(2, 16)), sampling)
     distribution.log_prob(torch.arange(32).view(2, 16)).sum().backward()
     return {n: p.grad for n, p in backbone.model.named_parameters() if p.grad is not None}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from unified_rl.backbones.base import Sampling
+from unified_rl.backbones.base import Sampling, TokenTraj
 from unified_rl.backbones.janus import JanusBackbone, JanusForConditionalGeneration
 
 
@@ -94,9 +94,15 @@ def test_load_draw_and_read_at_the_public_grid(janus_builder, tmp_path):
     assert trajectory.actions.shape == (4, 576)
     assert trajectory.actions.max() > 8192
     assert trajectory.log_probs.isfinite().all()
-    part = backbone.image_dist(["a corgi on a skateboard", "rain"], trajectory.actions[[0, 2]], sampling, [0, 300, 575])
+    two = TokenTraj(trajectory.actions[[0, 2]], trajectory.log_probs[[0, 2]])
+    part = backbone.image_dist(
+        ["a corgi on a skateboard", "rain"],
+        two,
+        sampling,
+        [0, 300, 575],
+    )
     assert part.logits.shape == (2, 3, 16384)
-    images = backbone.decode(trajectory.actions[:1])
+    images = backbone.decode(TokenTraj(trajectory.actions[:1], trajectory.log_probs[:1]))
     assert images.shape == (1, 384, 384, 3)
     assert backbone.encode_image_tokens(images).shape == (1, 576)
     score = backbone.text_logps([images[0]], ["Describe the image in detail."], ["rain"])

@@ -122,7 +122,7 @@ def test_a_failed_score_is_a_state_and_too_many_stop_the_stage(tmp_path, prompts
     run = make_run(tmp_path / "run", prompts, "reward.max_failed_share=0.2")
     run_workers(rollout, run, 1)
     texts = sorted({r.prompt.text for r in records(run, "rollout", RolloutRecord)})
-    monkeypatch.setattr("unified_rl.reward.gvu.gvu_scores", broken_scores(texts[:2]))
+    monkeypatch.setattr("unified_rl.reward.judges.gvu_scores", broken_scores(texts[:2]))
     with pytest.raises(reward_stage.RewardError, match=r"2 of 6 groups .*_00: the judge gave a non-finite"):
         reward_stage.reward(run, 0, Ranks(0, 0, 1))
     assert run.manifest(0, "reward") is None

@@ -7,7 +7,7 @@ from unified_rl.ledger import Run
 from unified_rl.manifests import LedgerError, Manifest
 from unified_rl.records import PromptRecord, RewardRecord, RolloutRecord
 from unified_rl.shards import write_records
-from unified_rl.train.samples import Sample, load_iteration, with_advantages
+from unified_rl.train.samples import Sample, load_iteration, with_update
 from unified_rl.train.zero3 import TrainError
 
 GROUPS = {"a": [0.1, 0.2, 0.3], "b": [0.5, 0.5, 0.5], "c": [0.4, None, 0.6], "d": [0.9, 0.8, 0.1]}
@@ -57,9 +57,9 @@ def test_groups_advantages_and_counts(tmp_path):
     assert [s.advantage for s in data.samples[:3]] == pytest.approx([-1, 0, 1], abs=1e-6)
     assert data.reward_mean == pytest.approx((0.6 + 1.5 + 1.8) / 9)
     sample = data.samples[7]
-    assert (sample.prompt, sample.reward, sample.actions.tolist()) == ("text d", 0.8, [1, 2])
-    assert sample.old_log_probs.tolist() == [-1.0, -2.0] and sample.reference_log_probs.tolist() == [-1.5, -2.5]
-    assert data.sampling.guidance_scale == 1.0
+    assert (sample.prompt, sample.reward, sample.tensors["actions"].tolist()) == ("text d", 0.8, [1, 2])
+    assert sample.tensors["log_probs"].tolist() == [-1.0, -2.0] and sample.reference.tolist() == [-1.5, -2.5]
+    assert data.sampling == {"temperature": 1.0, "guidance_scale": 1.0}
 
 
 def test_order_of_samples_in_the_shards_does_not_matter(tmp_path):
@@ -117,7 +117,6 @@ def test_shuffled_control_moves_rewards_between_groups(tmp_path):
 
 
 def test_control_none_uses_each_samples_own_reward():
-    blank = torch.zeros(1)
-    samples = [Sample(str(i), "", blank, blank, blank, float(i), -1.0) for i in range(4)]
-    filled, live = with_advantages(samples, 2, PolicyConfig(), 0)
+    samples = [Sample(str(i), "", {}, None, None, float(i), float(i)) for i in range(4)]
+    filled, live = with_update(samples, 2, PolicyConfig(), 0)
     assert [s.used_reward for s in filled] == [0.0, 1.0, 2.0, 3.0] and live == [True, True]

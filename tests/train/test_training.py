@@ -21,7 +21,7 @@ from tests.train.conftest import (
     open_scored_run,
     train_with,
 )
-from unified_rl.backbones.base import Sampling
+from unified_rl.backbones.base import Sampling, stack_trajectories
 from unified_rl.backbones.load import load_backbone
 from unified_rl.files import sha256_file
 from unified_rl.policy.grpo import grpo_loss
@@ -134,12 +134,14 @@ def plain_training(run):
         for group in step:
             values = [rewards[key].reward for key in groups[group]]
             advantages += [(v - statistics.mean(values)) / (statistics.stdev(values) + 1e-8) for v in values]
-        actions = torch.stack([rollouts[key].tensors["actions"] for key in keys])
-        log_probs = backbone.image_dist([rollouts[k].prompt.text for k in keys], actions, Sampling()).log_prob(actions)
+        drawn = stack_trajectories([rollouts[key].tensors for key in keys])
+        distribution = backbone.image_dist([rollouts[k].prompt.text for k in keys], drawn, Sampling())
+        log_probs = distribution.log_prob(drawn.actions)
+        delta = torch.stack([rewards[key].tensors["reference_log_probs"] for key in keys]) - log_probs
         loss, _ = grpo_loss(
             log_probs,
-            torch.stack([rollouts[key].tensors["log_probs"] for key in keys]),
-            torch.stack([rewards[key].tensors["reference_log_probs"] for key in keys]),
+            drawn.log_probs,
+            delta.exp() - delta - 1,
             torch.tensor(advantages), torch.ones_like(log_probs), 0.2, 0.2, 0.05,
         )  # fmt: skip
         optimizer.zero_grad()

@@ -236,6 +236,20 @@ class Categorical:
         """fp32 [B, S]: KL(self || other), summed over all V tokens."""
         return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(-1)
 
+    def reference(self, taken: torch.Tensor) -> torch.Tensor:
+        """What `kl_to` needs to know of these distributions when they are the base model's: fp32 [B, S]."""
+        return self.log_prob(taken)
+
+    def kl_to(self, taken: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """fp32 [B, S]: estimate of the KL towards the base model from the actions taken, never negative (k3).
+
+        Args:
+            taken: int64 [B, S].
+            reference: the base model's `reference(taken)`.
+        """
+        delta = reference.float() - self.log_prob(taken)
+        return torch.expm1(delta) - delta
+
     def entropy(self) -> torch.Tensor:
         """fp32 [B, S], nats."""
         return -(self.log_probs.exp() * self.log_probs).sum(-1)

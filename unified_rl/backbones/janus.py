@@ -50,9 +50,11 @@ class JanusBackbone:
         model: in eval mode, no parameter requires a gradient until the caller says so.
         image_tokens: S, tokens of an image.
         image_size: pixels of its side.
+        grid: rows and columns of an image's tokens.
     """
 
     family = "janus"
+    sampling_type = Sampling
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, path: str = "") -> None:
         self.model = model.eval().requires_grad_(False)
@@ -61,15 +63,16 @@ class JanusBackbone:
         self.path = path
         vision = model.config.vision_config
         self.image_size: int = vision.image_size
-        self.image_tokens: int = (vision.image_size // vision.patch_size) ** 2
-        self.inputs = JanusInputs(processor, self.device)
+        self.grid = (vision.image_size // vision.patch_size,) * 2
+        self.image_tokens: int = self.grid[0] ** 2
+        self.inputs = JanusInputs(processor, model.device)
         self.lora: tuple[int, int] | None = None  # rank, alpha
         self.deepspeed_config: HfDeepSpeedConfig | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where inputs go."""
-        return self.model.device
+        return self.inputs.device
 
     @classmethod
     def from_pretrained(
@@ -186,13 +189,16 @@ class JanusBackbone:
 
     # ---- drawing --------------------------------------------------------------------------------------------------
 
-    def rollout_images(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> TokenTraj:
+    def rollout_images(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, plans: Sequence[str] | None = None
+    ) -> TokenTraj:
         """Draw G images per prompt; the actions of a sample depend on its prompt and seed only.
 
         Args:
             prompts: P texts.
             seeds: P * G, the G of a prompt together.
         """
+        refuse_plans(plans)
         if not prompts or not seeds or len(seeds) % len(prompts):
             raise BackboneError(f"{len(seeds)} seeds do not divide evenly over {len(prompts)} prompts")
         ids, mask = self._branches(prompts, sampling)
@@ -213,19 +219,22 @@ class JanusBackbone:
     def image_dist(
         self,
         prompts: Sequence[str],
-        actions: torch.Tensor,
+        trajectory: TokenTraj,
         sampling: Sampling,
         steps: Sequence[int] | None = None,
+        plans: Sequence[str] | None = None,
         dropped: Sequence[bool] | None = None,
     ) -> Categorical:
-        """The distributions that drew `actions`, teacher-forced and differentiable.
+        """The distributions that drew the tokens, teacher-forced and differentiable.
 
         Args:
             prompts: B texts.
-            actions: int64 [B, S].
+            trajectory: of B images; its log-probs are not read.
             steps: only these positions, in this order; default all S.
             dropped: rows whose prompt is hidden as in the unconditional branch (to train guidance).
         """
+        refuse_plans(plans)
+        actions = trajectory.actions
         if len(prompts) != len(actions) or actions.shape[1] != self.image_tokens:
             raise BackboneError(
                 f"actions of shape {list(actions.shape)} do not fit {len(prompts)} prompts x {self.image_tokens} tokens"
@@ -246,10 +255,27 @@ class JanusBackbone:
         rows = hidden[:, first:] if steps is None else hidden[:, [first + step for step in wanted]]
         return Categorical(guided(self.model.model.generation_head(rows), sampling))
 
+    def cell_losses(
+        self,
+        prompts: Sequence[str],
+        trajectory: TokenTraj,
+        seeds: Sequence[int],
+        shift: float = 1.0,
+        dropped: Sequence[bool] | None = None,
+    ) -> torch.Tensor:
+        """fp32 [B, S]: cross-entropy in nats of every image token, one for each cell of `grid`; differentiable.
+
+        Args:
+            seeds, shift: of the noise that other families need; tokens need none.
+            dropped: rows whose prompt is hidden.
+        """
+        distribution = self.image_dist(prompts, trajectory, Sampling(), dropped=dropped)
+        return -distribution.log_prob(trajectory.actions.to(distribution.logits.device))
+
     @torch.no_grad()
-    def decode(self, actions: torch.Tensor) -> np.ndarray:
-        """uint8 [B, H, W, 3] images of int64 [B, S] tokens."""
-        parts = [self.model.decode_image_tokens(part) for part in actions.to(self.device).split(VQ_BATCH)]
+    def decode(self, trajectory: TokenTraj) -> np.ndarray:
+        """uint8 [B, H, W, 3] images."""
+        parts = [self.model.decode_image_tokens(part) for part in trajectory.actions.to(self.device).split(VQ_BATCH)]
         pixels = torch.cat(parts).float()
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
@@ -308,8 +334,11 @@ class JanusBackbone:
         seeds: Sequence[int],
         max_new_tokens: int,
         temperature: float,
+        system: str = "",
     ) -> TextTraj:
         """Answer each question; temperature 0 is greedy, otherwise a sample depends on its own seed only."""
+        if system:
+            raise BackboneError("Janus knows no system text; leave think mode off (reward.srum.think=false)")
         if temperature < 0 or max_new_tokens < 1 or len(seeds) != len(questions):
             raise BackboneError(
                 f"temperature {temperature} below 0, max_new_tokens {max_new_tokens} below 1, "
@@ -337,6 +366,12 @@ class JanusBackbone:
         features = self.model.model.get_image_features(pixels.to(self.model.dtype)).pooler_output
         places = (ids == self.model.config.image_token_id)[..., None].expand_as(embeddings)
         return embeddings.masked_scatter(places, features.to(embeddings.dtype))
+
+
+def refuse_plans(plans: Sequence[str] | None) -> None:
+    """Raise when there are plans: Janus draws from the prompt alone."""
+    if plans is not None:
+        raise BackboneError("Janus cannot draw from a written plan; set rollout.think=false")
 
 
 def check_layout(folder: Path) -> None:

@@ -11,11 +11,12 @@ from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.config import BackboneConfig, checkpoint_path
 
 FAMILIES = {"janus": JanusBackbone}
+Backbone = JanusBackbone
 
 
 def load_backbone(
     config: BackboneConfig, local_rank: int = 0, policy: Path | None = None, ds_config: dict | None = None
-) -> JanusBackbone:
+) -> Backbone:
     """Base weights from `config.path`, then the trained weights of the folder `policy` where given.
 
     Args:

@@ -49,7 +49,7 @@ from unified_rl.runtime import (
 from unified_rl.shards import load_prompts, write_records
 
 if TYPE_CHECKING:
-    from unified_rl.backbones.janus import JanusBackbone
+    from unified_rl.backbones.load import Backbone
 
 STAGE = "evaluation"
 SEED_ITERATION = -1  # no training iteration has it, and all evaluations share it
@@ -189,10 +189,9 @@ def do_units(run: Run, iteration: int, plan: Plan, mine: list[int], ranks: Ranks
     return EXIT_OK
 
 
-def draw_shard(plan: Plan, index: int, policy: JanusBackbone, judge: JanusBackbone) -> None:
+def draw_shard(plan: Plan, index: int, policy: Backbone, judge: Backbone) -> None:
     """Draw, score and store one shard of images."""
-    from unified_rl.backbones.base import Sampling
-    from unified_rl.rollout.groups import draw_groups
+    from unified_rl.rollout.groups import draw_groups, evaluation_sampling
 
     config = plan.config
     samples = config.evaluate.samples_per_prompt
@@ -201,8 +200,8 @@ def draw_shard(plan: Plan, index: int, policy: JanusBackbone, judge: JanusBackbo
         return [sample_seed(config.seed, SEED_ITERATION, prompt.prompt_id, j) for j in range(samples)]
 
     prompts = plan.shards[index]
-    sampling = Sampling(config.rollout.temperature, 1.0)
-    batches = draw_groups(policy, prompts, seeds_of, sampling, config.evaluate.batch_size, plan.version)
+    sampling = evaluation_sampling(policy.sampling_type, config)
+    batches = draw_groups(policy, prompts, seeds_of, sampling, config.evaluate.batch_size, plan.version, config.rollout)
     records = [record for batch in batches for record in batch]
     rewards = judge_rewards(judge, records, config)
     outcomes = {p.prompt_id: outcome_of(plan, p, records, rewards) for p in prompts}
@@ -212,7 +211,7 @@ def draw_shard(plan: Plan, index: int, policy: JanusBackbone, judge: JanusBackbo
     plan.marks.write_shard(index, info, outcomes)
 
 
-def judge_rewards(judge: JanusBackbone, records: list[RolloutRecord], config: RunConfig) -> dict[str, float]:
+def judge_rewards(judge: Backbone, records: list[RolloutRecord], config: RunConfig) -> dict[str, float]:
     """Key -> reward of the frozen judge.
 
     Raises:
@@ -268,8 +267,9 @@ def commit_if_complete(plan: Plan, iteration: int) -> dict | None:
         "policy_version": plan.version,
         "prompts_sha256": plan.marks.context["prompts_sha256"],
         "sampling": {
-            "seed": config.seed, "temperature": config.rollout.temperature, "guidance_scale": 1.0,
-            "samples_per_prompt": samples,
+            "seed": config.seed, "temperature": config.rollout.temperature, "samples_per_prompt": samples,
+            "guidance_scale": config.evaluate.guidance_scale,
+            "flow_steps": config.evaluate.flow_steps or config.rollout.flow.steps,
         },
         "prompts": {prompt_id: prompts[prompt_id] for prompt_id in expected},
         "answers": answers,

@@ -12,7 +12,7 @@ from unified_rl.shapes.questions import FAMILIES, make_questions
 from unified_rl.shapes.world import render
 
 if TYPE_CHECKING:
-    from unified_rl.backbones.janus import JanusBackbone
+    from unified_rl.backbones.load import Backbone
 
 QUESTION_SETS = ("caption_ranking", *(f"question_answering/{family}" for family in FAMILIES))
 CAPTIONS_PER_QUESTION = 3  # caption pairs for each question of a family
@@ -20,7 +20,7 @@ ANSWER_TOKENS = 4
 QUESTION_SEED = 20_000  # scenes and questions of evaluation; the same for all runs, so that runs can be compared
 
 
-def answer(backbone: JanusBackbone, name: str, config: RunConfig) -> list[bool]:
+def answer(backbone: Backbone, name: str, config: RunConfig) -> list[bool]:
     """Outcomes of one set of questions (a member of QUESTION_SETS), in a fixed order."""
     count = config.evaluate.questions
     with torch.inference_mode():
@@ -31,7 +31,7 @@ def answer(backbone: JanusBackbone, name: str, config: RunConfig) -> list[bool]:
         return answer_family(backbone, name.partition("/")[2], count, config.reward.batch_size)
 
 
-def rank_captions(backbone: JanusBackbone, pairs: int, question: str, batch: int) -> list[bool]:
+def rank_captions(backbone: Backbone, pairs: int, question: str, batch: int) -> list[bool]:
     """Whether the true caption of a scene has a higher mean token log-likelihood than one with a wrong word."""
     outcomes: list[bool] = []
     made = caption_pairs(QUESTION_SEED, pairs)
@@ -44,14 +44,14 @@ def rank_captions(backbone: JanusBackbone, pairs: int, question: str, batch: int
     return outcomes
 
 
-def mean_log_likelihood(backbone: JanusBackbone, images: list, question: str, captions: list[str]) -> torch.Tensor:
+def mean_log_likelihood(backbone: Backbone, images: list, question: str, captions: list[str]) -> torch.Tensor:
     """fp64 [B] mean log-likelihood of the captions' tokens."""
     score = backbone.text_logps(images, [question] * len(images), captions)
     mask = score.mask.double()
     return ((score.log_probs.double() * mask).sum(1) / mask.sum(1)).cpu()
 
 
-def answer_family(backbone: JanusBackbone, family: str, count: int, batch: int) -> list[bool]:
+def answer_family(backbone: Backbone, family: str, count: int, batch: int) -> list[bool]:
     """Whether the greedy answer equals the true one, for `count` questions of a family."""
     outcomes: list[bool] = []
     questions = [q for q in make_questions(QUESTION_SEED, count) if q.family == family]

@@ -1,4 +1,4 @@
-"""Clipped policy-gradient loss with a k3 penalty towards the reference (GvU section 3.4)."""
+"""Clipped policy-gradient loss with a penalty towards the reference (GvU section 3.4)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 def grpo_loss(
     log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,
-    reference_log_probs: torch.Tensor,
+    kl: torch.Tensor,
     advantages: torch.Tensor,
     step_mask: torch.Tensor,
     clip_low: float,
     clip_high: float,
     kl_coefficient: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of each sample: mean over its policy steps of `-min(r A, clip(r) A) + beta k3`.
+    """Loss of each sample: mean over its policy steps of `-min(r A, clip(r) A) + beta kl`.
 
     Args:
         log_probs: [B, S] of the policy being trained; carries the gradient.
         old_log_probs: [B, S] of the policy that drew the samples.
-        reference_log_probs: [B, S] of the base policy.
+        kl: [B, S] divergence from the base policy at each step, exact or k3; carries its gradient.
         advantages: [B], one scalar per sample, shared by its steps.
         step_mask: [B, S], 1 where a step was a decision of the policy.
         clip_low, clip_high: the ratio is held in `[1 - clip_low, 1 + clip_high]`.
-        kl_coefficient: weight beta of `k3 = exp(d) - d - 1` with `d = reference - policy`.
+        kl_coefficient: weight beta of the divergence.
 
     Returns:
         per_sample_loss: fp32 [B], differentiable.
@@ -43,15 +43,14 @@ def grpo_loss(
     ratio = ((log_probs - old_log_probs.float()) * mask).exp()
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     surrogate = torch.minimum(ratio * advantages, bounded * advantages)
-    delta = (reference_log_probs.float() - log_probs) * mask
-    k3 = torch.expm1(delta) - delta
-    loss = step_mean(kl_coefficient * k3 - surrogate)
+    kl = torch.where(mask > 0, kl.float(), torch.zeros_like(mask))
+    loss = step_mean(kl_coefficient * kl - surrogate)
     with torch.no_grad():
         metrics = {
             "ratio_mean": step_mean(ratio),
             "ratio_max_deviation": ((ratio - 1.0).abs() * mask).amax(dim=1),
             "clip_low_fraction": step_mean(((ratio < 1.0 - clip_low) & (advantages < 0)).float()),
             "clip_high_fraction": step_mean(((ratio > 1.0 + clip_high) & (advantages > 0)).float()),
-            "kl": step_mean(k3),
+            "kl": step_mean(kl),
         }
     return loss, metrics

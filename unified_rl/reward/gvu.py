@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from unified_rl.backbones.janus import JanusBackbone
+    from unified_rl.backbones.load import Backbone
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GvuScore:
 
 
 @torch.inference_mode()
-def gvu_scores(judge: JanusBackbone, images: list[np.ndarray], prompts: list[str], question: str) -> list[GvuScore]:
+def gvu_scores(judge: Backbone, images: list[np.ndarray], prompts: list[str], question: str) -> list[GvuScore]:
     """Scores of uint8 [H, W, 3] images for their prompts, in one teacher-forced forward.
 
     Equal to multiplying L next-token probabilities and taking the L-th root, but in log space (a product underflows on

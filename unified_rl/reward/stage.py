@@ -1,16 +1,14 @@
 """The reward stage: rollout shards in, reward shards and their manifest out.
 
-The judge reads each image as it came back from its PNG. The reference policy's log-probs of the drawn tokens are
-computed here as well, so that training holds one model only.
+The judge reads each image as it came back from its PNG.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
 
-from unified_rl.config import RunConfig, open_run
+from unified_rl.config import open_run
 from unified_rl.ledger import Run
 from unified_rl.manifests import Manifest
 from unified_rl.records import RewardRecord, RolloutRecord
@@ -28,12 +26,6 @@ from unified_rl.runtime import (
     stage_arguments,
 )
 from unified_rl.shards import read_records, write_records
-
-if TYPE_CHECKING:
-    import torch
-
-    from unified_rl.backbones.janus import JanusBackbone
-    from unified_rl.reward.gvu import GvuScore
 
 STAGE = "reward"
 SHOWN_FAILURES = 5
@@ -76,71 +68,11 @@ def reward(run: Run, iteration: int, ranks: Ranks) -> int:
     return EXIT_OK
 
 
-class Judges:
-    """The models that score: the frozen base weights, and for a live judge the current policy as well."""
-
-    def __init__(self, run: Run, iteration: int, ranks: Ranks) -> None:
-        from unified_rl.backbones.load import load_backbone
-
-        self.config: RunConfig = run.config
-        self.base: JanusBackbone = load_backbone(run.config.backbone, ranks.local_rank)
-        self.live: JanusBackbone | None = None
-        if run.config.reward.judge == "live":
-            policy, _ = run.current_policy(iteration)
-            self.live = load_backbone(run.config.backbone, ranks.local_rank, policy) if policy else self.base
-
-    def score(self, rollouts: list[RolloutRecord]) -> list[RewardRecord]:
-        """Reward records of rollouts that share their sampling settings."""
-        from unified_rl.reward.gvu import gvu_scores
-
-        images = [r.image for r in rollouts]
-        prompts = [r.prompt.text for r in rollouts]
-        question = self.config.reward.question
-        frozen = gvu_scores(self.base, images, prompts, question)
-        live = gvu_scores(self.live, images, prompts, question) if self.live else [None] * len(rollouts)
-        reference = self.reference_log_probs(rollouts)
-        return [
-            reward_record(rollout, self.config, *scores)
-            for rollout, *scores in zip(rollouts, frozen, live, reference, strict=True)
-        ]
-
-    def reference_log_probs(self, rollouts: list[RolloutRecord]) -> torch.Tensor:
-        """fp32 [B, S] log-probs of the drawn tokens under the base weights."""
-        import torch
-
-        from unified_rl.backbones.base import Sampling
-
-        sampling = Sampling.from_dict(rollouts[0].sampling)
-        actions = torch.stack([r.tensors["actions"] for r in rollouts]).long().to(self.base.device)
-        with torch.inference_mode():
-            return self.base.image_dist([r.prompt.text for r in rollouts], actions, sampling).log_prob(actions).cpu()
-
-
-def reward_record(
-    rollout: RolloutRecord, config: RunConfig, frozen: GvuScore, live: GvuScore | None, reference: torch.Tensor
-) -> RewardRecord:
-    """The record of one image; a score that is not finite is a failure with its reason, never a number."""
-    score = live or frozen
-    base = {"key": rollout.key, "prompt_id": rollout.prompt.prompt_id, "policy_version": rollout.policy_version}
-    problem = ""
-    if not score.tokens:
-        problem = "the prompt has no tokens to score"
-    elif not all(math.isfinite(s.mean_log_prob) for s in (frozen, score)):
-        problem = "the judge gave a non-finite log-likelihood"
-    elif not bool(reference.isfinite().all()):
-        problem = "the reference policy gave a non-finite log-prob"
-    if problem:
-        return RewardRecord(**base, status="failed", reward=None, components={}, reason=problem)
-    components = {"likelihood": score.geometric_mean, "log_likelihood": score.mean_log_prob}
-    if live is not None:
-        components["frozen_likelihood"] = frozen.geometric_mean
-    value = components["likelihood" if config.reward.domain == "probability" else "log_likelihood"]
-    tensors = {"token_log_probs": score.token_log_probs, "reference_log_probs": reference.float().clone()}
-    return RewardRecord(**base, status="ok", reward=value, components=components, tokens=score.tokens, tensors=tensors)
-
-
 def score_shards(run: Run, iteration: int, source: Manifest, mine: list[int], ranks: Ranks) -> int:
     """Score and store the shards with the indices `mine`."""
+    # Imported here so that a committed iteration is passed over without loading torch.
+    from unified_rl.reward.judges import Judges
+
     config = run.config
     set_cpu_threads(config.backbone.threads)
     judges = Judges(run, iteration, ranks)

@@ -13,7 +13,7 @@ from unified_rl.config import open_run
 from unified_rl.ledger import Run
 from unified_rl.records import PromptRecord
 from unified_rl.report.timing import append_timing
-from unified_rl.rollout.groups import draw_groups, iteration_prompts
+from unified_rl.rollout.groups import draw_groups, iteration_prompts, rollout_sampling
 from unified_rl.runtime import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -78,13 +78,12 @@ def draw_shards(
 ) -> int:
     """Draw and store the shards with the indices `mine`."""
     # Imported here so that a committed iteration is passed over without loading torch.
-    from unified_rl.backbones.base import Sampling
     from unified_rl.backbones.load import load_backbone
 
     config = run.config
     set_cpu_threads(config.backbone.threads)
     backbone = load_backbone(config.backbone, ranks.local_rank, policy)
-    sampling = Sampling(config.rollout.temperature, config.rollout.guidance_scale)
+    sampling = rollout_sampling(backbone.sampling_type, config.rollout)
     folder = run.stage_folder(iteration, STAGE)
 
     def seeds_of(prompt: PromptRecord) -> list[int]:
@@ -95,7 +94,7 @@ def draw_shards(
         for index in mine:
             records = []
             for batch in draw_groups(
-                backbone, shards[index], seeds_of, sampling, config.rollout.groups_per_batch, version
+                backbone, shards[index], seeds_of, sampling, config.rollout.groups_per_batch, version, config.rollout
             ):
                 if stop.requested:
                     log(f"stopped on request before shard {index}; run the same command again to go on")

@@ -59,7 +59,7 @@ def drawing(backbone: JanusBackbone, samples: int, guidance_scale: float = 1.0) 
         part = prompts[start : start + BATCH]
         seeds = [1000 * (start + i) + j for i in range(len(part)) for j in range(samples)]
         trajectory = backbone.rollout_images([p.text for p in part], seeds, Sampling(guidance_scale=guidance_scale))
-        for i, image in enumerate(backbone.decode(trajectory.actions)):
+        for i, image in enumerate(backbone.decode(trajectory)):
             metadata = part[i // samples].metadata
             right[metadata["tag"]].append(is_correct(image, metadata))
     return {tag: _mean(right[tag]) for tag in CATEGORIES}

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unified_rl.backbones.base import Sampling
+from unified_rl.backbones.base import TokenTraj
 from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.shapes import measure
 from unified_rl.shapes.prompts import all_metadata, random_metadata, scene_for
@@ -118,7 +118,8 @@ def losses(
     if phase.drawings:
         prompts, pictures, hidden = drawing_batch(settings, phase.drawings, rng)
         codes = true_codes(pictures)
-        draw = -backbone.image_dist(prompts, codes, Sampling(), dropped=hidden).log_prob(codes).mean()
+        pictures_drawn = TokenTraj(codes, torch.zeros(codes.shape))
+        draw = backbone.cell_losses(prompts, pictures_drawn, [], dropped=hidden).mean()
     score = backbone.text_logps(*reading_batch(settings, phase, rng), end_of_turn=True)
     return draw, -(score.log_probs * score.mask).sum() / score.mask.sum()
 

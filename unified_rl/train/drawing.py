@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from unified_rl.backbones.base import Sampling
-from unified_rl.backbones.janus import JanusBackbone
+from unified_rl.backbones.base import ReplaySettings, Trajectory
+from unified_rl.backbones.load import Backbone
 from unified_rl.train.zero3 import gathered
 
 
@@ -19,21 +20,40 @@ class DrawingPath(nn.Module):
     They are the backbone's own module objects, so that `backbone.image_dist` runs through the engine's hooks.
     """
 
-    def __init__(self, backbone: JanusBackbone) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.image_dist = backbone.image_dist
+        self.image_dist, self.cell_losses = backbone.image_dist, backbone.cell_losses
         for name, module in drawing_modules(backbone.model, backbone.frozen_modules()):
             self.add_module(name.replace(".", "__"), module)
 
-    def forward(
-        self, prompts: Sequence[str], actions: torch.Tensor, sampling: Sampling
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs fp32 [B, S] of int64 actions [B, S], and entropies fp32 [B, S] without gradient."""
-        distribution = self.image_dist(prompts, actions, sampling)
-        log_probs = distribution.log_prob(actions)
+    def forward(self, work: str, *arguments: Any) -> Any:
+        """`decisions(*arguments)` or `cell_losses(*arguments)`: one door, as the engine's hooks guard `forward`."""
+        return self.decisions(*arguments) if work == "decisions" else self.cell_losses(*arguments)
+
+    def decisions(
+        self,
+        prompts: Sequence[str],
+        trajectory: Trajectory,
+        sampling: ReplaySettings,
+        steps: Sequence[int] | None,
+        plans: Sequence[str] | None,
+        reference: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probs, divergence from the base model (0 without `reference`), entropies: fp32 [B, S].
+
+        Entropies carry no gradient.
+
+        Args:
+            steps: only these of the trajectory's decisions; default all.
+            reference: the base model's `reference` of these decisions.
+        """
+        distribution = self.image_dist(prompts, trajectory, sampling, steps, plans)
+        taken = trajectory.taken if steps is None else trajectory.taken[:, list(steps)]
+        log_probs = distribution.log_prob(taken)
+        kl = torch.zeros_like(log_probs) if reference is None else distribution.kl_to(taken, reference)
         with torch.no_grad():
             entropy = distribution.entropy()
-        return log_probs, entropy
+        return log_probs, kl, entropy
 
 
 def drawing_modules(module: nn.Module, frozen: Sequence[nn.Module], name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -48,7 +68,7 @@ def drawing_modules(module: nn.Module, frozen: Sequence[nn.Module], name: str = 
         yield from drawing_modules(child, frozen, f"{name}.{child_name}" if name else child_name)
 
 
-def select_trainable(backbone: JanusBackbone, scope: str, dtype: torch.dtype) -> list[str]:
+def select_trainable(backbone: Backbone, scope: str, dtype: torch.dtype) -> list[str]:
     """Let exactly the parameters of `scope` require gradients; returns their names."""
     names = backbone.trainable_names(scope)
     chosen = set(names)

@@ -15,8 +15,7 @@ from pathlib import Path
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from unified_rl.backbones.janus import JanusBackbone
-from unified_rl.backbones.load import load_backbone
+from unified_rl.backbones.load import Backbone, load_backbone
 from unified_rl.config import ConfigError, load_run_config
 from unified_rl.files import sha256_file
 from unified_rl.ledger import Run
@@ -24,7 +23,7 @@ from unified_rl.runtime import EXIT_OK, log, run_stage, set_stage
 from unified_rl.train.drawing import whole_tensors
 
 
-def export_policy(backbone: JanusBackbone, folder: Path, scope: str, names: Sequence[str], writes: bool) -> str:
+def export_policy(backbone: Backbone, folder: Path, scope: str, names: Sequence[str], writes: bool) -> str:
     """Write the trained tensors of a (partitioned) backbone; all ranks call it, the one with `writes` writes.
 
     Returns:

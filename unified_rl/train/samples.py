@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from unified_rl.backbones.base import Sampling
 from unified_rl.config import PolicyConfig
 from unified_rl.ledger import Run
 from unified_rl.policy.advantage import group_advantages
@@ -20,18 +19,26 @@ from unified_rl.train.zero3 import TrainError
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as training sees it; tensors [S] on the CPU.
+    """One image as training sees it; tensors on the CPU.
 
-    `reward` is what the judge gave, `used_reward` what the advantage is made of (another image's in the control).
+    Attributes:
+        tensors: of the rollout record, see `stack_trajectories`.
+        plan: that it was drawn from, None without one.
+        reference: what the base model says of the decisions (`kl_to` of their distributions takes it); None where
+            the update needs none.
+        reward: what the judge gave; `used_reward` what the update uses (another image's in the shuffled control).
+        weights: fp32 [N] alpha R of its cells for the reward-weighted update; None for one reward an image.
+        advantage: of `used_reward` within its group; 0 where nothing is compared.
     """
 
     key: str
     prompt: str
-    actions: torch.Tensor
-    old_log_probs: torch.Tensor
-    reference_log_probs: torch.Tensor
+    tensors: dict[str, torch.Tensor]
+    plan: str | None
+    reference: torch.Tensor | None
     reward: float
     used_reward: float
+    weights: torch.Tensor | None = None
     advantage: float = 0.0
 
 
@@ -41,7 +48,7 @@ class IterationData:
 
     samples: list[Sample]
     groups: list[list[int]]
-    sampling: Sampling
+    sampling: dict
     failed_groups: int
     zero_std_groups: int
 
@@ -86,14 +93,12 @@ def load_iteration(run: Run, iteration: int) -> IterationData:
     whole = [sorted(keys) for keys in by_prompt.values() if all(rewards[k].status == "ok" for k in keys)]
     if not whole:
         raise TrainError(f"iteration {iteration}: every group has a failed score; see the reward manifest")
-    samples = [join(rollouts[key], rewards[key]) for keys in whole for key in keys]
+    samples = [join(rollouts[key], rewards[key], run.config.policy) for keys in whole for key in keys]
     seed = sample_seed(run.config.seed, iteration, "shuffled-control", 0)
-    samples, live = with_advantages(samples, len(whole), run.config.policy, seed)
+    samples, live = with_update(samples, len(whole), run.config.policy, seed)
     size = run.config.rollout.group_size
     groups = [list(range(i * size, (i + 1) * size)) for i, alive in enumerate(live) if alive]
-    return IterationData(
-        samples, groups, Sampling(**dict(settings.pop())), len(by_prompt) - len(whole), len(whole) - len(groups)
-    )
+    return IterationData(samples, groups, dict(settings.pop()), len(by_prompt) - len(whole), len(whole) - len(groups))
 
 
 def _checked_records(
@@ -114,30 +119,53 @@ def _checked_records(
     return records
 
 
-def join(rollout: RolloutRecord, reward: RewardRecord) -> Sample:
-    """A scored rollout as a sample, without advantage."""
-    actions, reference = rollout.tensors["actions"].long(), reward.tensors["reference_log_probs"]
-    if reference.shape != actions.shape:
-        raise TrainError(f"sample {rollout.key}: {len(actions)} actions but {len(reference)} reference log-probs")
+def join(rollout: RolloutRecord, reward: RewardRecord, policy: PolicyConfig) -> Sample:
+    """A scored rollout as a sample, without advantage.
+
+    Raises:
+        TrainError: the records lack what the update needs, naming the sample.
+    """
+    reference = None
+    if policy.update == "grpo":
+        decisions = rollout.tensors.get("log_probs")
+        if decisions is None:
+            raise TrainError(f"sample {rollout.key} was drawn without decisions; GRPO needs rollout.flow.eta above 0")
+        reference = reward.tensors.get("reference_log_probs", reward.tensors.get("reference_means"))
+        found = 0 if reference is None else len(reference)
+        if found != len(decisions):
+            raise TrainError(f"sample {rollout.key}: {len(decisions)} actions but {found} reference log-probs")
+    weights = None
+    if policy.update == "reward_weighted" and "reward_map" in reward.tensors:
+        weights = reward.components["alpha"] * reward.tensors["reward_map"].flatten()
     return Sample(
-        rollout.key, rollout.prompt.text, actions, rollout.tensors["log_probs"], reference, reward.reward, reward.reward
+        rollout.key,
+        rollout.prompt.text,
+        rollout.tensors,
+        rollout.plan,
+        reference,
+        reward.reward,
+        reward.reward,
+        weights,
     )
 
 
-def with_advantages(
+def with_update(
     samples: list[Sample], groups: int, policy: PolicyConfig, shuffle_seed: int
 ) -> tuple[list[Sample], list[bool]]:
-    """Fill in the advantages of `groups` equal groups of neighbours; also which groups carry signal.
+    """Fill in what the update uses of `groups` equal groups of neighbours; also which groups carry signal.
 
-    `policy.control == "shuffled"` first gives every sample the reward of a random sample of the iteration.
+    `policy.control == "shuffled"` first gives every sample the reward and map of a random sample of the iteration.
+    Samples with a map of their own are not compared with each other, so all their groups count.
     """
-    used = [s.reward for s in samples]
     if policy.control == "shuffled":
-        used = [used[i] for i in permuted(len(used), shuffle_seed)]
-    rewards = torch.tensor(used, dtype=torch.float64).view(groups, -1)
+        sources = [samples[i] for i in permuted(len(samples), shuffle_seed)]
+        samples = [
+            replace(s, used_reward=source.used_reward, weights=source.weights)
+            for s, source in zip(samples, sources, strict=True)
+        ]
+    if samples[0].weights is not None:
+        return samples, [True] * groups
+    rewards = torch.tensor([s.used_reward for s in samples], dtype=torch.float64).view(groups, -1)
     advantages, live = group_advantages(rewards, policy.std_eps, policy.min_std)
-    filled = [
-        replace(sample, used_reward=reward, advantage=advantage)
-        for sample, reward, advantage in zip(samples, used, advantages.flatten().tolist(), strict=True)
-    ]
+    filled = [replace(s, advantage=a) for s, a in zip(samples, advantages.flatten().tolist(), strict=True)]
     return filled, live.tolist()

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from unified_rl.backbones.janus import JanusBackbone
-from unified_rl.backbones.load import load_backbone
+from unified_rl.backbones.load import Backbone, load_backbone
 from unified_rl.config import RunConfig
 from unified_rl.files import atomic_write_bytes
 from unified_rl.ledger import Run
@@ -42,6 +41,7 @@ from unified_rl.train.batching import global_batches, micro_batches_per_rank
 from unified_rl.train.checkpoints import Checkpoint
 from unified_rl.train.drawing import DrawingPath, frozen_sha256, select_trainable
 from unified_rl.train.export import export_policy
+from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate
 from unified_rl.train.samples import IterationData, load_iteration
 from unified_rl.train.update import Updater, recomputed_log_probs
 from unified_rl.train.zero3 import TrainError, Zero3Engine
@@ -72,7 +72,7 @@ def train(run: Run, iteration: int, ranks: Ranks) -> int:
 class Trainer:
     """What the steps of an iteration work with; `state` describes the weights that the engine holds."""
 
-    backbone: JanusBackbone
+    backbone: Backbone
     engine: Zero3Engine
     names: list[str]
     device: torch.device
@@ -118,7 +118,7 @@ def start(run: Run, iteration: int, ranks: Ranks) -> Trainer:
     frozen = zero3.from_rank_zero(frozen_sha256(backbone.model, names))
     betas = (config.train.beta1, config.train.beta2)
     engine = Zero3Engine(DrawingPath(backbone), ds_config, betas, config.train.weight_decay)
-    trainer = Trainer(backbone, engine, names, backbone.inputs.device, frozen, None)
+    trainer = Trainer(backbone, engine, names, backbone.device, frozen, None)
     if iteration >= 0:
         trainer.state = checkpoints.require_checkpoint(run, iteration, ranks.world_size)
         restore(run, trainer)
@@ -175,7 +175,7 @@ def optimise(
             metrics = updater.step(groups, number, check_ratio=number == first)
             lines.append({"iteration": iteration, "step": number + 1, **metrics})
             if bar is not None:
-                bar.update(1, reward=metrics["reward"], kl=metrics["kl"])
+                bar.update(1, **{name: metrics[name] for name in ("reward", "kl") if name in metrics})
                 run.write_status(
                     stage=STAGE, iteration=iteration, done=bar.done, total=len(steps), eta_s=bar.eta_s,
                     reward=metrics["reward"],
@@ -199,12 +199,15 @@ def optimise(
 
 
 def make_updater(run: Run, ranks: Ranks, trainer: Trainer, data: IterationData) -> Updater:
-    """The updater with the old log-probs that the configuration asks for."""
-    config = run.config
-    old = [sample.old_log_probs for sample in data.samples]
+    """The updater of the configured kind, for GRPO with the old log-probs that the configuration asks for."""
+    config, engine, device = run.config, trainer.engine, trainer.device
+    if config.policy.update == "reward_weighted":
+        return Updater(RewardWeightedUpdate(engine, data, config, device), ranks)
+    sampling = trainer.backbone.sampling_type.from_dict(data.sampling)
+    old = [sample.tensors["log_probs"] for sample in data.samples]
     if config.train.old_log_probs == "recomputed":
-        old = recomputed_log_probs(trainer.engine, data, config.train.micro_batch, ranks, trainer.device)
-    return Updater(trainer.engine, data, config, ranks, trainer.device, old)
+        old = recomputed_log_probs(engine, data, sampling, config.train.micro_batch, ranks, device)
+    return Updater(GrpoUpdate(engine, data, config, device, sampling, old), ranks)
 
 
 def stop_wanted(stop: StopRequest, device: torch.device) -> bool:
