@@ -2,7 +2,7 @@
 #   RUN        run folder                    RECIPE     name or YAML file of a recipe
 #   ITERATION  iteration of one stage        ARGS       key=value overrides, or further arguments
 #   DRY_RUN=1  print the commands only       PYTHON     interpreter that .venv is built on
-#   METHOD, BACKBONE, SEEDS                  what `make evidence` measures
+#   METHOD, BACKBONE, SEEDS, CONTROL_SEEDS   what `make evidence` measures
 #   TORCH_INDEX_URL                          package index for torch, e.g. one with CPU wheels
 
 SHELL := /bin/bash
@@ -19,7 +19,7 @@ STAGE_ARGUMENTS = $(RUN_ARGUMENTS) --iteration "$(or $(ITERATION),$(error ITERAT
 
 # The launchers use .venv; PYTHON is only for building it.
 unexport PYTHON
-export DRY_RUN METHOD BACKBONE SEEDS TORCH_INDEX_URL
+export DRY_RUN METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL
 
 .PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status report \
   clean-run evidence tiny-janus
@@ -78,7 +78,7 @@ report: $(STAMP)  ## write report.html, pictures and TensorBoard logs of a run: 
 clean-run:  ## delete a run folder: RUN=...
 	@RUN="$(RUN)" launch/clean_run.sh
 
-evidence: $(STAMP)  ## measure the learning claim with its control: METHOD=gvu BACKBONE=janus SEEDS=3
+evidence: $(STAMP)  ## measure the learning claim with its controls: METHOD=gvu BACKBONE=janus SEEDS=3
 	@RUN="$(RUN)" launch/evidence.sh $(ARGS)
 
 tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 15 minutes on two cores

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Measures a learning claim from scratch: for each seed a run and its control with shuffled rewards, then intervals.
+# Measures a learning claim from scratch: for each seed a run and its controls, then intervals.
 # Reads   the recipe METHOD_BACKBONE_shapes of the package
-# Writes  RUN/{main,shuffled}-SEED and RUN/summary.json
+# Writes  RUN/{main,CONTROL}-SEED and RUN/summary.json
 # Environment
 #   RUN                      folder of all runs (default runs/evidence/METHOD-BACKBONE)
 #   METHOD, BACKBONE, SEEDS  default gvu, janus, 3
+#   CONTROL_SEEDS            seeds of each control (default: SEEDS)
 #   PYTHON, DRY_RUN=1        as for all launchers (see common.sh)
 # Usage    launch/evidence.sh [key=value ...]
 # Example  METHOD=gvu BACKBONE=janus SEEDS=3 launch/evidence.sh
@@ -18,10 +19,11 @@ parse_arguments --run "$out" "$@"
 find_python
 cd "$ROOT"
 shapes_prompts
-for ((seed = 1; seed <= SEEDS; seed++)); do
-  for control in none shuffled; do
-    stage loop --run "$out/${control/none/main}-$seed" --recipe "${METHOD}_${BACKBONE}_shapes" \
-      "${RECIPE_ARGUMENTS[@]}" "seed=$seed" "policy.control=$control"
-  done
+claim=(--method "$METHOD" --backbone "$BACKBONE" --seeds "$SEEDS" --control-seeds "${CONTROL_SEEDS:-$SEEDS}")
+listed=$(env "${LAUNCH_ENV[@]}" "$PYTHON" -m unified_rl.evaluation.evidence "${claim[@]}" --list) || exit "$?"
+mapfile -t runs <<<"$listed"
+for line in "${runs[@]}"; do
+  read -ra words <<<"$line"
+  stage loop --run "$out/${words[0]}" --recipe "${METHOD}_${BACKBONE}_shapes" "${RECIPE_ARGUMENTS[@]}" "${words[@]:1}"
 done
-run "$PYTHON" -m unified_rl.evaluation.evidence --method "$METHOD" --backbone "$BACKBONE" --seeds "$SEEDS" --out "$out"
+run "$PYTHON" -m unified_rl.evaluation.evidence "${claim[@]}" --out "$out"

@@ -216,13 +216,13 @@ def test_evidence_over_seeds(tmp_path):
         if (kind, seed) != ("shuffled", 2):
             (out / f"{kind}-{seed}").symlink_to(folder)
     with pytest.raises(EvaluationError, match="shuffled-2"):
-        evidence(out, "gvu", "janus", 2)
+        evidence(out, "gvu", "janus", 2, 2)
     (out / "shuffled-2").symlink_to(folders["main", 2])
-    with pytest.raises(EvaluationError, match="shuffled-2 is gvu janus none"):
-        evidence(out, "gvu", "janus", 2)
+    with pytest.raises(EvaluationError, match="shuffled-2 has policy.control=none, expected shuffled"):
+        evidence(out, "gvu", "janus", 2, 2)
     (out / "shuffled-2").unlink()
     (out / "shuffled-2").symlink_to(folders["shuffled", 2])
-    result = evidence(out, "gvu", "janus", 2)
+    result = evidence(out, "gvu", "janus", 2, 2)
     gains = [
         require_scores(folders["main", s], 1)["overall"] - require_scores(folders["main", s], 0)["overall"]
         for s in (1, 2)

@@ -96,12 +96,12 @@ def test_evidence_runs_each_seed_with_its_control(tmp_path: Path) -> None:
     trains = [c.split("unified_rl.train ")[1] for c in commands if "deepspeed" in c]
     fixed = "--iteration 0 --recipe gvu_janus_shapes iterations=1 rollout.workers=1"
     assert trains == [
-        f"--run {out}/{kind}-{seed} {fixed} seed={seed} policy.control={control}"
+        f"--run {out}/{kind}-{seed} {fixed} seed={seed}{control}"
         for seed in (1, 2)
-        for kind, control in (("main", "none"), ("shuffled", "shuffled"))
+        for kind, control in (("main", ""), ("shuffled", " policy.control=shuffled"))
     ]
     assert commands[-1].endswith(
-        f"-m unified_rl.evaluation.evidence --method gvu --backbone janus --seeds 2 --out {out}"
+        f"-m unified_rl.evaluation.evidence --method gvu --backbone janus --seeds 2 --control-seeds 2 --out {out}"
     )
 
 

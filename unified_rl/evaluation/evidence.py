@@ -1,6 +1,6 @@
 """The learning claim over several seeds, with its controls: one summary.json from finished run folders.
 
-Reads `OUT/main-SEED` and `OUT/shuffled-SEED`, SEED = 1..N, made by `launch/evidence.sh`.
+Reads `OUT/main-SEED` and `OUT/CONTROL-SEED`, SEED = 1..N, made by `launch/evidence.sh`; `--list` says which those are.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from unified_rl.config import load_run_config
 from unified_rl.evaluation.compare import interval
@@ -17,11 +19,29 @@ from unified_rl.evaluation.scoring import EvaluationError, check_comparable
 from unified_rl.manifests import store
 from unified_rl.runtime import EXIT_OK, run_stage
 
-CONTROLS = ("shuffled",)
+# What a control changes in the recipe.
+CONTROLS = {
+    "shuffled": {"policy.control": "shuffled"},
+    "constant": {"policy.control": "constant"},
+    "no_local": {"reward.srum.use_local": "false"},
+    "no_global": {"reward.srum.use_global": "false"},
+}
+CONTROLS_OF = {"gvu": ("shuffled",), "srum": ("shuffled", "constant", "no_local", "no_global")}
 UNDERSTANDING = ("caption_ranking", "question_answering")
 
 
-def read_pair(run: Path, method: str, backbone: str, control: str) -> tuple[dict, dict]:
+def runs_of(method: str, seeds: int, control_seeds: int) -> list[tuple[str, int]]:
+    """(kind, seed) of every run, seed by seed: `main` and the method's controls."""
+    kinds = {"main": seeds, **dict.fromkeys(CONTROLS_OF[method], control_seeds)}
+    return [(kind, seed) for seed in range(1, seeds + 1) for kind, count in kinds.items() if seed <= count]
+
+
+def overrides_of(kind: str, seed: int) -> dict[str, str]:
+    """What distinguishes a run from its recipe."""
+    return {"seed": str(seed), **CONTROLS.get(kind, {})}
+
+
+def read_pair(run: Path, method: str, backbone: str, kind: str, seed: int) -> tuple[dict, dict]:
     """Scores before and after one finished run.
 
     Raises:
@@ -30,9 +50,13 @@ def read_pair(run: Path, method: str, backbone: str, control: str) -> tuple[dict
     if not (run / "config.yaml").is_file():
         raise EvaluationError(f"run {run} is missing: make it with `make evidence METHOD={method} BACKBONE={backbone}`")
     config = load_run_config(run)
-    found = (config.reward.method, config.backbone.family, config.policy.control)
-    if found != (method, backbone, control):
-        raise EvaluationError(f"run {run} is {' '.join(found)}, expected {method} {backbone} {control}")
+    plain = OmegaConf.structured(config)
+    identity = {"reward.method": method, "backbone.family": backbone, "policy.control": "none"}
+    wanted = identity | overrides_of(kind, seed)
+    found = {key: str(OmegaConf.select(plain, key)).lower() for key in wanted}
+    wrong = [f"{key}={found[key]}, expected {value}" for key, value in wanted.items() if found[key] != value]
+    if wrong:
+        raise EvaluationError(f"run {run} has {'; '.join(wrong)}")
     base, tuned = require_scores(run, 0), require_scores(run, config.iterations)
     check_comparable(base, tuned)
     return base, tuned
@@ -46,24 +70,21 @@ def changes(pairs: list[tuple[dict, dict]], name: str) -> dict:
     return mean_interval([tuned[name] - base[name] for base, tuned in pairs])
 
 
-def evidence(out: Path, method: str, backbone: str, seeds: int) -> dict:
+def evidence(out: Path, method: str, backbone: str, seeds: int, control_seeds: int) -> dict:
     """Content of the evidence summary.
 
     `gain` and `controls` are changes of `overall`. `best_of_g` is what choosing among the base model's G images with
     the same judge gains without any training.
     """
-    runs = {
-        kind: [
-            read_pair(out / f"{kind}-{seed}", method, backbone, "none" if kind == "main" else kind)
-            for seed in range(1, seeds + 1)
-        ]
-        for kind in ("main", *CONTROLS)
-    }
+    runs: dict[str, list[tuple[dict, dict]]] = {}
+    for kind, seed in runs_of(method, seeds, control_seeds):
+        pair = read_pair(out / f"{kind}-{seed}", method, backbone, kind, seed)
+        runs.setdefault(kind, []).append(pair)
     main_runs = runs["main"]
     understood = [name for name in UNDERSTANDING if name in main_runs[0][0]]
     return {
         "gain": changes(main_runs, "overall"),
-        "controls": {kind: changes(runs[kind], "overall") for kind in CONTROLS},
+        "controls": {kind: changes(pairs, "overall") for kind, pairs in runs.items() if kind != "main"},
         "understanding_change": {name: changes(main_runs, name) for name in understood},
         "best_of_g": mean_interval([base["best_of_g"] - base["overall"] for base, _ in main_runs]),
         "base": mean_interval([base["overall"] for base, _ in main_runs]),
@@ -93,14 +114,23 @@ def main(argv: list[str] | None = None) -> int:
         "--out runs/evidence/gvu-janus",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--method", required=True)
+    parser.add_argument("--method", required=True, choices=sorted(CONTROLS_OF))
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--seeds", type=int, required=True, metavar="N")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--control-seeds", type=int, metavar="N", help="seeds of each control; default: all")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the runs")
+    parser.add_argument("--list", action="store_true", help="print each run's name and overrides instead")
     arguments = parser.parse_args(argv)
-    if arguments.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    result = evidence(arguments.out, arguments.method, arguments.backbone, arguments.seeds)
+    controls = arguments.seeds if arguments.control_seeds is None else arguments.control_seeds
+    if not 1 <= controls <= arguments.seeds:
+        parser.error("--seeds must be at least 1, --control-seeds from 1 to --seeds")
+    if arguments.list:
+        for kind, seed in runs_of(arguments.method, arguments.seeds, controls):
+            print(f"{kind}-{seed}", *(f"{key}={value}" for key, value in overrides_of(kind, seed).items()))
+        return EXIT_OK
+    if arguments.out is None:
+        parser.error("--out is required")
+    result = evidence(arguments.out, arguments.method, arguments.backbone, arguments.seeds, controls)
     store(arguments.out / "summary.json", (json.dumps(result, indent=1) + "\n").encode())
     print(text(result))
     return EXIT_OK
