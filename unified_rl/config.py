@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 class BackboneConfig:
     """Which checkpoint is trained, and how it is held in memory."""
 
-    family: str = "janus"
+    family: str = "janus"  # janus | bagel
     path: str = MISSING  # folder in Hugging Face layout, or `assets:NAME` for a checkpoint in the package
     dtype: str = "bfloat16"  # float32 | bfloat16
     attn_implementation: str = "auto"  # auto: flash_attention_2 on a GPU that has it, else sdpa
@@ -173,7 +173,7 @@ class RunConfig:
 
 TOKEN_FAMILIES = ("janus",)  # draw tokens; all others draw by a flow
 CHOICES = {
-    "backbone.family": ("janus",),
+    "backbone.family": ("janus", "bagel"),
     "backbone.dtype": ("float32", "bfloat16"),
     "reward.method": ("gvu",),
     "reward.judge": ("frozen", "live"),

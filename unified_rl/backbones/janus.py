@@ -19,10 +19,10 @@ from transformers import JanusProcessor
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from unified_rl.backbones import policy_files
 from unified_rl.backbones.base import BackboneError, Categorical, Sampling, TextScore, TextTraj, TokenTraj
 from unified_rl.backbones.janus_inputs import JanusInputs
 from unified_rl.backbones.janus_sampling import guided, positions_of, sample_images, sample_text
+from unified_rl.backbones.trained import TrainedWeights
 
 LORA_TARGETS = (
     r"model\.language_model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj))"
@@ -43,7 +43,7 @@ class JanusForConditionalGeneration(transformers.JanusForConditionalGeneration):
     _keep_in_fp32_modules_strict = ("vqmodel",)
 
 
-class JanusBackbone:
+class JanusBackbone(TrainedWeights):
     """The backbone interface over one Janus; see `from_pretrained`.
 
     Attributes:
@@ -55,18 +55,17 @@ class JanusBackbone:
 
     family = "janus"
     sampling_type = Sampling
+    lora_targets = LORA_TARGETS
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, path: str = "") -> None:
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model.eval().requires_grad_(False), path)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.path = path
         vision = model.config.vision_config
         self.image_size: int = vision.image_size
         self.grid = (vision.image_size // vision.patch_size,) * 2
         self.image_tokens: int = self.grid[0] ** 2
         self.inputs = JanusInputs(processor, model.device)
-        self.lora: tuple[int, int] | None = None  # rank, alpha
         self.deepspeed_config: HfDeepSpeedConfig | None = None
 
     @property
@@ -116,30 +115,18 @@ class JanusBackbone:
 
     # ---- what is trained ------------------------------------------------------------------------------------------
 
-    def trainable_names(self, scope: str) -> list[str]:
-        """Parameter names that training updates.
+    @staticmethod
+    def trained_in_full(name: str) -> bool:
+        """Language model layers and norm, image embeddings, their aligner and the image head.
 
-        `full`: language model layers and norm, image embeddings, their aligner and the image head. `lora`: the adapter.
         Token embeddings, text head, vision tower and image tokenizer are never trained: they are what reads.
         """
-        if scope == "lora":
-            if self.lora is None:
-                raise BackboneError("scope lora needs add_lora or a loaded adapter first")
-            return policy_files.lora_names(self.model)
-        if scope != "full":
-            raise BackboneError(f"unknown scope {scope!r}: full or lora")
-        names = [name for name, _ in self.model.named_parameters() if name.startswith(TRAINED_IN_FULL)]
-        return [name for name in names if "lora_" not in name]
+        return name.startswith(TRAINED_IN_FULL)
 
     def frozen_modules(self) -> list[nn.Module]:
         """Modules that drawing and its training do not run: image tokenizer, vision tower and aligner, text head."""
         inner = self.model.model
         return [inner.vqmodel, inner.vision_model, inner.aligner, self.model.lm_head]
-
-    def add_lora(self, rank: int, alpha: int) -> None:
-        """Put fp32 LoRA adapters on all projections of the language model; outputs stay the same bit for bit."""
-        policy_files.inject_lora(self.model, LORA_TARGETS, rank, alpha)
-        self.lora = (rank, alpha)
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute the language model's layers in the backward pass; rollouts are refused from then on (no cache)."""
@@ -147,45 +134,10 @@ class JanusBackbone:
         for layer in self.model.model.language_model.layers:
             layer.training = True  # of the layer alone: transformers checkpoints only layers in training mode
 
-    def save_policy(self, folder: Path, scope: str, tensors: dict[str, torch.Tensor] | None = None) -> Path:
-        """Write the trained tensors only; returns the weights file.
-
-        Args:
-            tensors: values by parameter name, for weights that live elsewhere (a ZeRO-3 engine); default: the model's.
-        """
-        names = self.trainable_names(scope)
-        if tensors is None:
-            parameters = dict(self.model.named_parameters())
-            tensors = {name: parameters[name] for name in names}
-        wrong = sorted(set(names) ^ set(tensors))
-        if wrong:
-            raise BackboneError(f"the policy to save lacks or adds tensors: {', '.join(wrong[:5])}")
-        if scope == "full":
-            return policy_files.write_weights(folder, tensors)
-        return policy_files.write_adapter(folder, tensors, LORA_TARGETS, *self.lora, base=self.path)
-
-    def load_policy(self, folder: str | Path) -> None:
-        """Replace the trained weights by those that `save_policy` wrote to `folder`.
-
-        Raises:
-            BackboneError: any tensor missing, unknown or of another shape, or weights partitioned by ZeRO-3.
-        """
-        folder = Path(folder)
-        settings = policy_files.adapter_settings(folder, LORA_TARGETS)
-        if settings is not None and self.lora is None:
-            self.add_lora(*settings)
-        if settings != self.lora:
-            raise BackboneError(f"{folder}: LoRA (rank, alpha) {settings}, the loaded model has {self.lora}")
-        names = self.trainable_names("full" if settings is None else "lora")
-        stored = {name: name if settings is None else policy_files.peft_name(name) for name in names}
-        parameters = dict(self.model.named_parameters())
-        if any(hasattr(parameters[name], "ds_id") for name in names):
-            raise BackboneError("load_policy needs whole weights; load the policy before they are partitioned")
-        file = folder / (policy_files.WEIGHTS if settings is None else policy_files.ADAPTER_WEIGHTS)
-        tensors = policy_files.read_tensors(file, {stored[name]: parameters[name].shape for name in names})
-        with torch.no_grad():
-            for name in names:
-                parameters[name].copy_(tensors[stored[name]])
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write the whole model as a checkpoint folder; adapters have to be merged before."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
     # ---- drawing --------------------------------------------------------------------------------------------------
 

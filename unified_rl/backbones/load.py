@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from unified_rl.backbones.bagel.backbone import BagelBackbone
 from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.config import BackboneConfig, checkpoint_path
 
-FAMILIES = {"janus": JanusBackbone}
-Backbone = JanusBackbone
+FAMILIES = {"janus": JanusBackbone, "bagel": BagelBackbone}
+Backbone = JanusBackbone | BagelBackbone
 
 
 def load_backbone(

@@ -60,8 +60,7 @@ def export_checkpoint(run: Run, out: Path, iteration: int) -> None:
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    backbone.model.save_pretrained(unfinished)
-    backbone.processor.save_pretrained(unfinished)
+    backbone.save_checkpoint(unfinished)
     os.replace(unfinished, out)
     log(f"policy {version} written to {out}")
 

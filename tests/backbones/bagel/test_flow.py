@@ -57,7 +57,7 @@ def test_sde_step_by_hand():
 
     mean = 2 (1 - 1 / 1.6 * .3) - 3 (1 + 1 * .2 / 1.6) * .3 = 2 * .8125 - 3 * 1.125 * .3 = .6125; std = sqrt(.3).
     """
-    step = sde_steps(each(2), each(3), PLAIN, torch.tensor([1]), 0.5)
+    step = sde_steps(each(2), each(3), PLAIN, torch.tensor([[1]]), 0.5)
     assert step.mean.item() == pytest.approx(0.6125, abs=1e-6)
     assert step.std.item() == pytest.approx(math.sqrt(0.3), abs=1e-6)
     expected = -0.5 * (1.0 - 0.6125) ** 2 / 0.3 - 0.5 * math.log(2 * math.pi * 0.3)
@@ -66,15 +66,15 @@ def test_sde_step_by_hand():
 
 def test_first_step_takes_the_next_time_at_the_pole():
     """From 1 to 0.8 with eta 0.5: s^2 = .25 * 1 / .2 = 1.25; mean = x (1 - .625 * .2) - v * .2; std = sqrt(.25)."""
-    step = sde_steps(each(2), each(3), PLAIN, torch.tensor([0]), 0.5)
+    step = sde_steps(each(2), each(3), PLAIN, torch.tensor([[0]]), 0.5)
     assert step.mean.item() == pytest.approx(2 * 0.875 - 3 * 0.2, abs=1e-6)
     assert step.std.item() == pytest.approx(0.5, abs=1e-6)
-    assert math.isfinite(sde_std(torch.tensor([1.0, 0.0]), torch.tensor([0]), 0.7).item())
+    assert math.isfinite(sde_std(torch.tensor([1.0, 0.0]), torch.tensor([[0]]), 0.7).item())
 
 
 def test_last_step_is_a_distribution_too():
     """From 0.5 to 0 with eta 1: s^2 = 1, std = sqrt(.5)."""
-    assert sde_std(PLAIN, torch.tensor([2]), 1.0).item() == pytest.approx(math.sqrt(0.5), abs=1e-6)
+    assert sde_std(PLAIN, torch.tensor([[2]]), 1.0).item() == pytest.approx(math.sqrt(0.5), abs=1e-6)
 
 
 def test_sde_keeps_the_distribution_of_the_ode():
@@ -86,27 +86,29 @@ def test_sde_keeps_the_distribution_of_the_ode():
         t = times[i]
         # E[noise - image | x] for independent standard normals.
         velocity = x * (2 * t - 1) / ((1 - t) ** 2 + t**2)
-        step = sde_steps(x, velocity, times, torch.tensor([i]), 0.7)
-        x = step.mean + step.std * torch.randn(x.shape, generator=generator)
+        step = sde_steps(x, velocity, times, torch.full((count, 1), i), 0.7)
+        x = step.mean + step.std[..., None, None] * torch.randn(x.shape, generator=generator)
     assert x.var().item() == pytest.approx(0.75**2 + 0.25**2, rel=0.03)
 
 
 def test_steps_of_a_trajectory_are_independent_of_each_other():
     x, velocity = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    whole = sde_steps(x, velocity, PLAIN, torch.arange(3), 0.7)
-    some = sde_steps(x[:, [2, 0]], velocity[:, [2, 0]], PLAIN, torch.tensor([2, 0]), 0.7)
-    assert torch.equal(some.mean, whole.mean[:, [2, 0]])
-    assert torch.equal(some.std, whole.std[[2, 0]])
+    whole = sde_steps(x, velocity, PLAIN, torch.arange(3).expand(2, 3), 0.7)
+    each = torch.tensor([[2, 0], [1, 2]])  # rows may differ
+    rows = torch.arange(2)[:, None]
+    some = sde_steps(x[rows, each], velocity[rows, each], PLAIN, each, 0.7)
+    assert torch.equal(some.mean, whole.mean[rows, each])
+    assert torch.equal(some.std, whole.std[rows, each])
 
 
 def test_densities_are_means_over_the_numbers_of_a_latent():
-    mean, std = torch.randn(2, 3, 4, 5), torch.tensor([0.5, 1.0, 2.0])
+    mean, std = torch.randn(2, 3, 4, 5), torch.tensor([[0.5, 1.0, 2.0], [1.0, 3.0, 0.1]])
     action = torch.randn(2, 3, 4, 5)
     step = Gaussian(mean, std)
-    normal = torch.distributions.Normal(mean, std[:, None, None].expand(3, 4, 5))
+    normal = torch.distributions.Normal(mean, std[..., None, None].expand(2, 3, 4, 5))
     assert torch.allclose(step.log_prob(action), normal.log_prob(action).mean((-2, -1)), atol=1e-6)
     assert torch.allclose(step.entropy(), normal.entropy().mean((-2, -1)), atol=1e-6)
-    other = torch.distributions.Normal(mean + 1, std[:, None, None].expand(3, 4, 5))
+    other = torch.distributions.Normal(mean + 1, std[..., None, None].expand(2, 3, 4, 5))
     expected = torch.distributions.kl_divergence(normal, other).mean((-2, -1))
     assert torch.allclose(step.kl(Gaussian(mean + 1, std)), expected, atol=1e-6)
     assert step.kl(step).abs().max() == 0
@@ -114,22 +116,22 @@ def test_densities_are_means_over_the_numbers_of_a_latent():
 
 def test_gradient_of_the_log_probability_reaches_the_velocity():
     velocity = torch.zeros(1, 1, 1, 1, requires_grad=True)
-    step = sde_steps(each(0), velocity, PLAIN, torch.tensor([1]), 0.5)
+    step = sde_steps(each(0), velocity, PLAIN, torch.tensor([[1]]), 0.5)
     step.log_prob(each(0.3)).sum().backward()
     # d log p / d mean = (action - mean) / std^2 = .3 / .3; d mean / d v = -1.125 * .3
     assert velocity.grad.item() == pytest.approx(-0.3375, abs=1e-6)
 
 
 def test_half_precision_velocities_give_fp32_steps():
-    step = sde_steps(each(2).bfloat16(), each(3).bfloat16(), PLAIN, torch.tensor([1]), 0.5)
+    step = sde_steps(each(2).bfloat16(), each(3).bfloat16(), PLAIN, torch.tensor([[1]]), 0.5)
     assert step.mean.dtype == step.log_prob(each(1).bfloat16()).dtype == torch.float32
 
 
 def test_unlike_schedules_and_odes_have_no_ratio():
     with pytest.raises(BackboneError, match="unlike schedules"):
-        Gaussian(each(0), torch.ones(1)).kl(Gaussian(each(0), torch.full((1,), 2.0)))
+        Gaussian(each(0), torch.ones(1, 1)).kl(Gaussian(each(0), torch.full((1, 1), 2.0)))
     with pytest.raises(BackboneError, match="set eta above 0"):
-        sde_steps(each(0), each(0), PLAIN, torch.tensor([0]), 0.0)
+        sde_steps(each(0), each(0), PLAIN, torch.tensor([[0]]), 0.0)
 
 
 # ---- guidance -----------------------------------------------------------------------------------------------------
@@ -140,8 +142,8 @@ NOTHING = torch.zeros(1, 2, 2)
 
 
 def test_guidance_by_hand():
-    def guided(time=0.9, unconditional=NOTHING, **values):
-        return guided_velocity(CONDITIONAL, unconditional, FlowSampling(guidance_scale=2.0, **values), time)
+    def guided(unconditional=NOTHING, **values):
+        return guided_velocity(CONDITIONAL, unconditional, FlowSampling(guidance_scale=2.0, **values))
 
     assert torch.allclose(guided(renorm="none"), 2 * CONDITIONAL)
     assert torch.allclose(guided(renorm="global"), CONDITIONAL)
@@ -157,17 +159,16 @@ def test_guidance_by_hand():
 
 
 def test_guidance_acts_in_its_interval():
-    sampling = FlowSampling(guidance_scale=2.0, renorm="none")
-    for time, factor in ((1.0, 2), (0.41, 2), (0.4, 1), (0.1, 1)):
-        assert torch.equal(guided_velocity(CONDITIONAL, NOTHING, sampling, time), factor * CONDITIONAL)
+    sampling = FlowSampling(guidance_scale=2.0)
+    assert [sampling.guides_at(time) for time in (1.0, 0.41, 0.4, 0.1)] == [True, True, False, False]
     assert not FlowSampling(guidance_scale=1.0).guides_at(0.9)
 
 
 def test_samples_are_renormed_alone():
     together = guided_velocity(
-        torch.cat([CONDITIONAL, 100 * CONDITIONAL]), torch.cat([NOTHING, NOTHING + 50]), FlowSampling(), 0.9
+        torch.cat([CONDITIONAL, 100 * CONDITIONAL]), torch.cat([NOTHING, NOTHING + 50]), FlowSampling()
     )
-    assert torch.equal(together[:1], guided_velocity(CONDITIONAL, NOTHING, FlowSampling(), 0.9))
+    assert torch.equal(together[:1], guided_velocity(CONDITIONAL, NOTHING, FlowSampling()))
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------
@@ -175,11 +176,48 @@ def test_samples_are_renormed_alone():
 
 @pytest.mark.parametrize(
     "values",
-    [{"steps": 0}, {"steps": 1.5}, {"shift": 0.0}, {"eta": -0.1}, {"eta": math.nan}, {"renorm_min": 2.0}],
+    [
+        {"steps": 0},
+        {"steps": 1.5},
+        {"sde_window": -1},
+        {"sde_before": 0.5},
+        {"shift": 0.0},
+        {"eta": -0.1},
+        {"eta": math.nan},
+        {"renorm_min": 2.0},
+    ],
 )
 def test_impossible_settings_are_refused(values):
     with pytest.raises(BackboneError, match=next(iter(values))):
         FlowSampling(**values)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"sde_window": 2}, "set eta above 0"),
+        ({"sde_before": 2}, "set eta above 0"),
+        ({"eta": 0.7, "steps": 1}, "steps of at least 2"),
+        ({"eta": 0.7, "steps": 4, "sde_before": 4}, "sde_before=4 must be below steps=4"),
+        ({"eta": 0.7, "steps": 4, "sde_window": 4}, "does not fit into the 3 steps"),
+        ({"eta": 0.7, "steps": 4, "sde_window": 3, "sde_before": 2}, "does not fit into the 2 steps"),
+    ],
+)
+def test_impossible_windows_are_refused(values, said):
+    with pytest.raises(BackboneError, match=said):
+        FlowSampling(**values)
+
+
+def test_windows_lie_where_they_may():
+    def starts(**values):
+        sampling = FlowSampling(steps=6, eta=0.7, **values)
+        return sampling.decisions, sorted({sampling.window_start(seed) for seed in range(100)})
+
+    assert starts() == (5, [0])
+    assert starts(sde_before=3) == (3, [0])
+    assert starts(sde_window=2) == (2, [0, 1, 2, 3])
+    assert starts(sde_window=2, sde_before=3) == (2, [0, 1])
+    assert FlowSampling().decisions == 0
 
 
 def test_unknown_renorm_is_refused():

@@ -6,53 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.made_bagel import vae_shapes
 from unified_rl.backbones.bagel.vae import SCALE, SHIFT, FluxVae, diffusers_name
 from unified_rl.backbones.base import BackboneError
-
-
-def public_names():
-    """Names and shapes of `ae.safetensors` at 32 channels and one block less than FLUX, spelt out."""
-    shapes = {}
-
-    def conv(name, inputs, outputs, size=3):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs, size, size), (outputs,)
-
-    def norm(name, channels):
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (channels,)
-
-    def block(name, inputs, outputs):
-        norm(f"{name}.norm1", inputs)
-        conv(f"{name}.conv1", inputs, outputs)
-        norm(f"{name}.norm2", outputs)
-        conv(f"{name}.conv2", outputs, outputs)
-        if inputs != outputs:
-            conv(f"{name}.nin_shortcut", inputs, outputs, 1)
-
-    def middle(name, channels):
-        block(f"{name}.mid.block_1", channels, channels)
-        norm(f"{name}.mid.attn_1.norm", channels)
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.mid.attn_1.{part}", channels, channels, 1)
-        block(f"{name}.mid.block_2", channels, channels)
-        norm(f"{name}.norm_out", {"encoder": 64, "decoder": 32}[name])
-
-    channels = [32, 64, 64]
-    conv("encoder.conv_in", 3, 32)
-    for level, (inputs, outputs) in enumerate(zip([32, 32, 64], channels, strict=True)):
-        block(f"encoder.down.{level}.block.0", inputs, outputs)
-        if level < 2:
-            conv(f"encoder.down.{level}.downsample.conv", outputs, outputs)
-    middle("encoder", 64)
-    conv("encoder.conv_out", 64, 32)
-    conv("decoder.conv_in", 16, 64)
-    middle("decoder", 64)
-    for level, (inputs, outputs) in enumerate(zip([64, 64, 64], channels, strict=True)):
-        block(f"decoder.up.{level}.block.0", inputs, outputs)
-        block(f"decoder.up.{level}.block.1", outputs, outputs)
-        if level:
-            conv(f"decoder.up.{level}.upsample.conv", outputs, outputs)
-    conv("decoder.conv_out", 32, 3)
-    return shapes
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +19,7 @@ def diffusers():
 @pytest.fixture
 def folder(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in public_names().items()}
+    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in vae_shapes().items()}
     save_file(tensors, tmp_path / "ae.safetensors")
     return tmp_path
 

@@ -112,9 +112,9 @@ class BagelConfig:
         Raises:
             BackboneError: a file is missing, unreadable or describes another architecture.
         """
-        language, vision = _Json.read(folder / "llm_config.json"), _Json.read(folder / "vit_config.json")
+        language, vision = JsonFile.read(folder / "llm_config.json"), JsonFile.read(folder / "vit_config.json")
         file = folder / "config.json"
-        whole = _Json.read(file) if file.is_file() else _Json(file, {})
+        whole = JsonFile.read(file) if file.is_file() else JsonFile(file, {})
         language.expect("hidden_act", "silu")
         language.expect("rope_scaling", None)
         vision.expect("hidden_act", "gelu_pytorch_tanh")
@@ -161,7 +161,7 @@ def table_side(shapes: Mapping[str, tuple[int, ...]], name: str, otherwise: int)
     return side
 
 
-def _vision_layers(vision: _Json, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _vision_layers(vision: JsonFile, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Layers in the file: all that the configuration lists, or all but the last, which BAGEL never uses."""
     listed = vision.integer("num_hidden_layers")
     held = 1 + max((int(found[1]) for found in map(VIT_LAYER.fullmatch, shapes) if found), default=-1)
@@ -173,14 +173,14 @@ def _vision_layers(vision: _Json, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 @dataclass(frozen=True)
-class _Json:
+class JsonFile:
     """Values of a configuration file, with complaints in its name."""
 
     file: Path
     values: dict[str, Any]
 
     @classmethod
-    def read(cls, file: Path) -> _Json:
+    def read(cls, file: Path) -> JsonFile:
         """Raises `BackboneError` when it is missing or is not a JSON object."""
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -199,6 +199,12 @@ class _Json:
         if self.values.get(name, value) != value:
             raise BackboneError(f"{self.file}: {name} is {self.values[name]!r}; only {value!r} is supported")
 
+    def allow(self, *names: str) -> None:
+        """Complain about all other entries."""
+        unknown = sorted(self.values.keys() - set(names))
+        if unknown:
+            raise BackboneError(f"{self.file}: unknown {', '.join(unknown)}; known are {', '.join(names)}")
+
     def integer(self, name: str, otherwise: int | None = None) -> int:
         """A whole number above 0."""
         value = self.values.get(name, otherwise)
@@ -213,7 +219,7 @@ class _Json:
             raise BackboneError(f"{self.file}: {name} must be a number above 0, not {value!r}")
         return float(value)
 
-    def nested(self, name: str) -> _Json:
+    def nested(self, name: str) -> JsonFile:
         """The object under `name`, empty where there is none."""
         value = self.values.get(name)
-        return _Json(self.file, value if isinstance(value, dict) else {})
+        return JsonFile(self.file, value if isinstance(value, dict) else {})

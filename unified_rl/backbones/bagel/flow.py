@@ -8,6 +8,7 @@ Gaussians (Flow-GRPO, arXiv 2505.05470).
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ class FlowSampling(ReplaySettings):
         steps: S, evaluations of the velocity. The public code counts points of time: its `num_timesteps` is S + 1.
         shift: s of t <- s t / (1 + (s - 1) t); above 1 spends more steps near the noise.
         eta: strength of the SDE's noise; 0 draws by the ODE, which has no log-probabilities.
+        sde_window: how many consecutive steps are those of the SDE, all others are those of the ODE; 0: as many as
+            there are before `sde_before`.
+        sde_before: the window ends at or before this step; 0: before the last, which is always one of the ODE, because
+            nothing would take its noise out of the picture again.
         guidance_scale: w of u + w (c - u) on velocities with and without the prompt; at 1 only the prompt counts.
         guidance_above, guidance_up_to: guidance acts at times in (above, up to].
         renorm: what a guided velocity is shrunk to the length of: the conditional one's over the whole image
@@ -37,6 +42,8 @@ class FlowSampling(ReplaySettings):
     steps: int = 49
     shift: float = 3.0
     eta: float = 0.0
+    sde_window: int = 0
+    sde_before: int = 0
     guidance_scale: float = 4.0
     guidance_above: float = 0.4
     guidance_up_to: float = 1.0
@@ -48,6 +55,8 @@ class FlowSampling(ReplaySettings):
             "steps": (1, math.inf),
             "shift": (1e-3, math.inf),
             "eta": (0, math.inf),
+            "sde_window": (0, math.inf),
+            "sde_before": (0, math.inf),
             "guidance_scale": (0, math.inf),
             "guidance_above": (-math.inf, math.inf),
             "guidance_up_to": (-math.inf, math.inf),
@@ -57,10 +66,41 @@ class FlowSampling(ReplaySettings):
             value = getattr(self, name)
             if not (math.isfinite(value) and least <= value <= most):
                 raise BackboneError(f"{name} must be a number from {least} to {most}, not {value!r}")
-        if int(self.steps) != self.steps:
-            raise BackboneError(f"steps must be a whole number, not {self.steps!r}")
+        for name in ("steps", "sde_window", "sde_before"):
+            if not isinstance(getattr(self, name), int):
+                raise BackboneError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         if self.renorm not in RENORMS:
             raise BackboneError(f"unknown renorm {self.renorm!r}: {', '.join(RENORMS)}")
+        self._check_window()
+
+    def _check_window(self) -> None:
+        if self.eta == 0:
+            if self.sde_window or self.sde_before:
+                raise BackboneError("sde_window and sde_before choose steps of the SDE; set eta above 0, or both to 0")
+            return
+        if self.steps < 2:
+            raise BackboneError("the last step is one of the ODE, so eta above 0 needs steps of at least 2")
+        if self.sde_before >= self.steps:
+            raise BackboneError(f"sde_before={self.sde_before} must be below steps={self.steps}: the last is the ODE's")
+        if self.sde_window > self._limit:
+            raise BackboneError(f"sde_window={self.sde_window} does not fit into the {self._limit} steps it may lie in")
+
+    @property
+    def _limit(self) -> int:
+        """The step before which the window ends."""
+        return self.sde_before or self.steps - 1
+
+    @property
+    def decisions(self) -> int:
+        """Steps of the SDE in the drawing of an image."""
+        return (self.sde_window or self._limit) if self.eta else 0
+
+    def window_start(self, seed: int) -> int:
+        """First step of the window of a group of images, from a seed; every start that fits is as likely.
+
+        Python's generator and not torch's, which draws the image's noise from the same seed.
+        """
+        return random.Random(seed).randrange(self._limit - self.decisions + 1) if self.eta else 0
 
     def guides_at(self, time: float) -> bool:
         """Whether a velocity at this time needs the branch without the prompt."""
@@ -125,7 +165,7 @@ class Gaussian:
 
     Attributes:
         mean: fp32 [B, S, N, D].
-        std: fp32 [S], above 0.
+        std: fp32 [B, S], above 0.
     """
 
     mean: torch.Tensor
@@ -133,8 +173,7 @@ class Gaussian:
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """fp32 [B, S] of fp32 [B, S, N, D] latents, nats per number."""
-        std = self.std[:, None, None]
-        scaled = ((actions.float() - self.mean) / std).pow(2).mean((-2, -1))
+        scaled = ((actions.float() - self.mean) / self.std[..., None, None]).pow(2).mean((-2, -1))
         return -0.5 * scaled - self.std.log() - 0.5 * math.log(2 * math.pi)
 
     def kl(self, other: Gaussian) -> torch.Tensor:
@@ -145,19 +184,19 @@ class Gaussian:
         """
         if not torch.equal(self.std, other.std):
             raise BackboneError("KL between steps of unlike schedules; compute both with the trajectory's own sampling")
-        return ((self.mean - other.mean) / self.std[:, None, None]).pow(2).mean((-2, -1)) / 2
+        return ((self.mean - other.mean) / self.std[..., None, None]).pow(2).mean((-2, -1)) / 2
 
     def entropy(self) -> torch.Tensor:
         """fp32 [B, S], nats per number; constant, because the spread is not learned."""
-        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).expand(len(self.mean), -1)
+        return self.std.log() + 0.5 * math.log(2 * math.pi * math.e)
 
 
 def sde_std(times: torch.Tensor, steps: torch.Tensor, eta: float) -> torch.Tensor:
-    """fp32 [S'] spread of the chosen steps of a schedule.
+    """fp32 [B, S'] spread of the chosen steps of a schedule.
 
     Args:
         times: fp32 [S + 1], see `schedule`.
-        steps: int64 [S'], each below S.
+        steps: int64 [B, S'], each below S.
         eta: above 0.
     """
     return _diffusion(times, steps, eta) * (times[steps] - times[steps + 1]).sqrt()
@@ -178,7 +217,7 @@ def sde_steps(
     if not eta > 0:
         raise BackboneError("steps of the ODE have no distribution; set eta above 0")
     time, dt, square = (
-        part[:, None, None]
+        part[..., None, None]
         for part in (times[steps], times[steps] - times[steps + 1], _diffusion(times, steps, eta).pow(2))
     )
     x, velocity = x.float(), velocity.float()
@@ -199,16 +238,13 @@ def _diffusion(times: torch.Tensor, steps: torch.Tensor, eta: float) -> torch.Te
 # ---- guidance -----------------------------------------------------------------------------------------------------
 
 
-def guided_velocity(
-    conditional: torch.Tensor, unconditional: torch.Tensor, sampling: FlowSampling, time: float
-) -> torch.Tensor:
+def guided_velocity(conditional: torch.Tensor, unconditional: torch.Tensor, sampling: FlowSampling) -> torch.Tensor:
     """fp32 [B, N, D] velocity of the sampled distribution from those with and without the prompt.
 
-    Lengths are those of each sample, so that no sample depends on its batch; the public code has one sample.
+    For times at which `sampling.guides_at`; at others the conditional velocity is the answer. Lengths are those of
+    each sample, so that no sample depends on its batch; the public code has one sample.
     """
     conditional, unconditional = conditional.float(), unconditional.float()
-    if not sampling.guides_at(time):
-        return conditional
     guided = unconditional + sampling.guidance_scale * (conditional - unconditional)
     if sampling.renorm == "none":
         return guided

@@ -12,6 +12,7 @@ pictures the vision tower.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from unified_rl.backbones.bagel.config import BagelConfig
@@ -21,6 +22,8 @@ from unified_rl.backbones.bagel.positions import PositionTable, TimeEmbedder
 from unified_rl.backbones.bagel.sequence import Packed
 from unified_rl.backbones.bagel.vision import FeedForward, VisionTower
 from unified_rl.backbones.base import BackboneError
+
+LOGITS = 2**27  # numbers in the logits that are computed together
 
 
 class BagelModel(nn.Module):
@@ -105,9 +108,11 @@ class BagelModel(nn.Module):
         hidden, _ = self(packed, context)
         rows, ids = packed.in_rows(hidden.understanding), packed.in_rows(packed.ids)
         valid = packed.in_rows(torch.ones_like(packed.ids, dtype=torch.bool))[:, 1:]
-        # Row by row: the logits over a large vocabulary are by far the largest tensor here.
+        states, targets = rows[:, :-1][valid], ids[:, 1:][valid]
+        # In parts: the logits over a large vocabulary are by far the largest tensor here.
+        size = max(1, LOGITS // self.config.language.vocabulary)
         scores = [
-            self.logits(states[:-1]).float().log_softmax(-1).gather(-1, targets[1:, None])[:, 0]
-            for states, targets in zip(rows, ids, strict=True)
+            -F.cross_entropy(self.logits(some).float(), wanted, reduction="none")
+            for some, wanted in zip(states.split(size), targets.split(size), strict=True)
         ]
-        return torch.stack(scores) * valid
+        return torch.zeros(valid.shape, device=states.device).masked_scatter(valid, torch.cat(scores))

@@ -134,6 +134,43 @@ class Packed:
         times = torch.as_tensor(times, dtype=torch.float32, device=latents.device).expand(len(latents))
         return replace(self, latents=latents, times=times)
 
+    def tiled(self, start: torch.Tensor) -> Packed:
+        """This layout of one row without pictures, which starts at 0, for every row of a context; on its own device.
+
+        Args:
+            start: int64 [B], `Context.next_position`.
+        """
+        rows, device = len(start), self.positions.device
+
+        def each(part: torch.Tensor) -> torch.Tensor:
+            return part.repeat(rows, *[1] * (part.ndim - 1))
+
+        def shifted(part: torch.Tensor, by: int) -> torch.Tensor:
+            return (part + by * torch.arange(rows, device=device)[:, None]).flatten()
+
+        size = self.positions.shape[1]
+        return Packed(
+            each(self.ids),
+            *(self.patches, self.patch_positions, self.patch_valid),
+            *(each(part) for part in (self.latents, self.latent_positions, self.times)),
+            understanding_order=shifted(self.understanding_order, len(self.ids)),
+            understanding_slots=shifted(self.understanding_slots, size),
+            generation_slots=shifted(self.generation_slots, size),
+            positions=self.positions + start[:, None].to(device),
+            segments=each(self.segments),
+            causal=each(self.causal),
+            noisy=each(self.noisy),
+            next_position=self.next_position + start,
+        )
+
+    def following(self, ids: torch.Tensor) -> Packed:
+        """One token of text a row, behind this pass of one token of text a row.
+
+        Args:
+            ids: int64 [B].
+        """
+        return replace(self, ids=ids, positions=self.positions + 1, next_position=self.next_position + 1)
+
     def in_rows(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] with the understanding tokens [Tu, ...] in their slots and zeros elsewhere."""
         size = self.positions.shape

@@ -1,0 +1,316 @@
+"""BAGEL behind the backbone interface: loading, drawing, reading, and what of it is trained.
+
+A public checkpoint (`ByteDance-Seed/BAGEL-7B-MoT`) and the tiny one of this package take the same path. Only the
+experts that draw are trained; what reads, and with it every prompt's context, stays as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from unified_rl.backbones.bagel import loading
+from unified_rl.backbones.bagel.context import Context
+from unified_rl.backbones.bagel.drawing import Painter
+from unified_rl.backbones.bagel.flow import FlowSampling, Gaussian
+from unified_rl.backbones.bagel.inputs import BagelInputs, InputSettings
+from unified_rl.backbones.bagel.model import BagelModel
+from unified_rl.backbones.bagel.sequence import Segment, pack, unpatchify
+from unified_rl.backbones.bagel.vae import FluxVae
+from unified_rl.backbones.bagel.writing import sample_text, score_text
+from unified_rl.backbones.base import BackboneError, FlowTraj, TextScore, TextTraj
+from unified_rl.backbones.trained import TrainedWeights
+
+DRAWING_MODULES = ("vae2llm.", "llm2vae.", "time_embedder.")
+LORA_TARGETS = (
+    r"language_model\.model\.layers\.\d+\."
+    r"(self_attn\.(q|k|v|o)_proj_moe_gen|mlp_moe_gen\.(gate_proj|up_proj|down_proj))"
+)
+
+
+class BagelBackbone(TrainedWeights):
+    """The backbone interface over one BAGEL; see `from_pretrained`.
+
+    Attributes:
+        model: in eval mode, no parameter requires a gradient until the caller says so.
+        vae: apart from the model, fp32, never trained.
+        image_size: height and width in pixels of a drawn image.
+        grid: its rows and columns of latent tokens, the cells.
+    """
+
+    family = "bagel"
+    sampling_type = FlowSampling
+    lora_targets = LORA_TARGETS
+
+    def __init__(
+        self,
+        model: BagelModel,
+        vae: FluxVae,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: InputSettings,
+        device: torch.device,
+        path: str = "",
+    ) -> None:
+        super().__init__(model.eval().requires_grad_(False), path)
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.device = device
+        vision = model.config.vision
+        self.inputs = BagelInputs(tokenizer, settings, vision.patch, vision.side, device)
+        self.image_size = settings.drawn
+        self.grid = _grid(model, vae, settings)
+        self.painter = Painter(model, self.inputs.special, *self.grid, device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attn_implementation: str = "auto",
+        ds_config: dict | None = None,
+    ) -> BagelBackbone:
+        """Load a checkpoint folder in the public layout.
+
+        Args:
+            attn_implementation: `auto` takes flash_attention_2 where it can run, else sdpa.
+            ds_config: a DeepSpeed ZeRO-3 configuration; weights are then partitioned over the ranks while they are
+                read, and only `image_dist` and `cell_losses` work on them.
+
+        Raises:
+            BackboneError: the folder is incomplete or its parts do not fit together.
+        """
+        folder, device = Path(path), torch.device(device)
+        model = loading.load_model(folder, dtype, device, attn_implementation)
+        # An empty configuration: transformers knows no BAGEL, and would read what it does not understand.
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), local_files_only=True)
+        vae = FluxVae.from_folder(folder, device)
+        return cls(model, vae, tokenizer, InputSettings.from_folder(folder), device, str(folder))
+
+    # ---- what is trained ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def trained_in_full(name: str) -> bool:
+        """The experts that draw, the way of latents into the language model and out of it, and the flow's time."""
+        return "_moe_gen" in name or name.startswith(DRAWING_MODULES)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Modules that drawing and its training do not run: vision tower, its way into the language model, text head.
+
+        The image autoencoder is no part of `model`.
+        """
+        model = self.model
+        return [model.vit_model, model.connector, model.vit_pos_embed, model.language_model.lm_head]
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute the language model's layers in the backward pass; rollouts are as before."""
+        self.model.enable_activation_checkpointing()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write the whole model as a checkpoint folder; adapters have to be merged before.
+
+        All files but the language model's weights are those of the checkpoint that was loaded.
+        """
+        if any("lora_" in name for name, _ in self.model.named_parameters()):
+            raise BackboneError("the model carries a LoRA adapter; merge it before the checkpoint is written")
+        folder.mkdir(parents=True, exist_ok=True)
+        replaced = {loading.INDEX, *(file.name for file in loading.Weights.from_folder(Path(self.path)).files)}
+        for file in Path(self.path).iterdir():
+            if file.is_file() and file.name not in replaced:
+                shutil.copy2(file, folder / file.name)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        save_file(tensors, folder / loading.WEIGHTS, metadata={"format": "pt"})
+
+    # ---- drawing --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rollout_images(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: FlowSampling,
+        plans: Sequence[str] | None = None,
+    ) -> FlowTraj:
+        """Draw G images per prompt.
+
+        An image depends on its prompt, plan and seed only, up to the last bits; where the SDE's window lies depends on
+        the first seed of its group.
+
+        Args:
+            prompts: P texts.
+            seeds: P * G, the G of a prompt together.
+            plans: one per image, what was planned before it is drawn; see `write_plans`.
+        """
+        if not prompts or not seeds or len(seeds) % len(prompts):
+            raise BackboneError(f"{len(seeds)} seeds do not divide evenly over {len(prompts)} prompts")
+        size = len(seeds) // len(prompts)
+        context = self._contexts([prompt for prompt in prompts for _ in range(size)], plans)
+        starts = [sampling.window_start(seeds[row - row % size]) for row in range(len(seeds))]
+        return self.painter.draw(context, seeds, starts, sampling)
+
+    def _contexts(
+        self, prompts: Sequence[str], plans: Sequence[str] | None, dropped: Sequence[bool] | None = None
+    ) -> Context:
+        """Context of each of B images; prompts that repeat are read once, in one pass whatever the data."""
+        for name, given in (("plans", plans), ("dropped", dropped)):
+            if given is not None and len(given) != len(prompts):
+                raise BackboneError(f"{len(given)} {name} for {len(prompts)} images")
+        keys = list(zip(prompts, [None] * len(prompts) if plans is None else plans, strict=True))
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        reads = any(p.requires_grad and not self.trained_in_full(name) for name, p in self.model.named_parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and reads):
+            context = self._read([self.inputs.drawing(*key) for key in places])
+        context = context.take([places[key] for key in keys])
+        return context if dropped is None else context.hide(dropped)
+
+    def _read(self, rows: Sequence[Sequence[Segment]]) -> Context:
+        packed = pack(rows, self.model.config, self.inputs.special)
+        return self.model(packed.to(self.device), Context.empty(len(rows)))[1]
+
+    def image_dist(
+        self,
+        prompts: Sequence[str],
+        trajectory: FlowTraj,
+        sampling: FlowSampling,
+        steps: Sequence[int] | None = None,
+        plans: Sequence[str] | None = None,
+    ) -> Gaussian:
+        """The distributions that drew `trajectory`, differentiable.
+
+        Args:
+            prompts: B texts.
+            steps: only these of the S decisions, by position, in this order; default all.
+            plans: one per image, as it was drawn.
+        """
+        self._check_fit(prompts, trajectory)
+        if not trajectory.steps.shape[1]:
+            raise BackboneError("images drawn by the ODE have no decisions; draw them with eta above 0")
+        wanted = range(trajectory.steps.shape[1]) if steps is None else steps
+        return self.painter.distribution(
+            self._contexts(prompts, plans), trajectory.to(self.device), sampling, list(wanted)
+        )
+
+    def cell_losses(
+        self,
+        prompts: Sequence[str],
+        trajectory: FlowTraj,
+        seeds: Sequence[int],
+        shift: float = 1.0,
+        dropped: Sequence[bool] | None = None,
+        plans: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """fp32 [B, N] squared error of the velocity in every cell of the drawn images, differentiable.
+
+        Args:
+            seeds: one per image, of its time and noise.
+            shift: of the times, see `flow.shifted`.
+            dropped: rows whose prompt is hidden, which trains the branch without it.
+            plans: one per image, as it was drawn.
+        """
+        self._check_fit(prompts, trajectory)
+        context = self._contexts(prompts, plans, dropped)
+        return self.painter.cell_errors(context, trajectory.final.to(self.device), seeds, shift)
+
+    def _check_fit(self, prompts: Sequence[str], trajectory: FlowTraj) -> None:
+        shape = trajectory.final.shape
+        if tuple(shape) != (len(prompts), *self.painter.shape):
+            raise BackboneError(
+                f"latents of shape {list(shape)} do not fit {len(prompts)} prompts x {list(self.painter.shape)}"
+            )
+
+    @torch.no_grad()
+    def decode(self, trajectory: FlowTraj) -> np.ndarray:
+        """uint8 [B, H, W, 3] images."""
+        latents = unpatchify(trajectory.final.to(self.device), *self.grid, self.model.config.latent_patch)
+        pixels = self.vae.decode(latents).permute(0, 2, 3, 1)
+        return (pixels * 255).round().to(torch.uint8).cpu().numpy()
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def text_logps(
+        self,
+        images: Sequence[np.ndarray | None],
+        questions: Sequence[str],
+        responses: Sequence[str],
+        end_of_turn: bool = False,
+    ) -> TextScore:
+        """Log-probs of the tokens of `responses` as answers, teacher-forced and differentiable.
+
+        Args:
+            images: uint8 [H, W, 3] or None, one per question.
+            end_of_turn: also score the token that ends the answer.
+        """
+        rows, answers = self.inputs.reading(images, questions), self.inputs.responses(responses, end_of_turn)
+        if len(rows) != len(answers):
+            raise BackboneError(f"{len(answers)} responses to {len(rows)} questions")
+        return score_text(self.model, self.inputs.special, self._read(rows), answers, self.device)
+
+    def rollout_text(
+        self,
+        images: Sequence[np.ndarray | None],
+        questions: Sequence[str],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        system: str = "",
+    ) -> TextTraj:
+        """Answer each question; temperature 0 is greedy, otherwise a sample depends on its own seed only.
+
+        Args:
+            system: a text in front of everything else.
+        """
+        return self._write(self.inputs.reading(images, questions, system), seeds, max_new_tokens, temperature)
+
+    def write_plans(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        instruction: str | None = None,
+    ) -> list[str]:
+        """Think before drawing: one plan per prompt and seed, for `rollout_images` and everything that replays it.
+
+        Args:
+            instruction: default: the checkpoint's, which stands in front of the prompt when the plan is drawn.
+        """
+        first = self.inputs.whole(self.inputs.settings.think if instruction is None else instruction)
+        rows = [[first, self.inputs.whole(prompt)] for prompt in prompts]
+        written = self._write(rows, seeds, max_new_tokens, temperature)
+        return [self.inputs.without_control(text) for text in written.texts]
+
+    @torch.no_grad()
+    def _write(
+        self, rows: Sequence[Sequence[Segment]], seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> TextTraj:
+        if temperature < 0 or max_new_tokens < 1 or len(seeds) != len(rows):
+            raise BackboneError(
+                f"temperature {temperature} below 0, max_new_tokens {max_new_tokens} below 1, "
+                f"or {len(seeds)} seeds for {len(rows)} texts"
+            )
+        sampled = sample_text(
+            self.model, self.inputs.special, self._read(rows), seeds, max_new_tokens, temperature, self.device
+        )
+        return TextTraj(*sampled, texts=self.inputs.texts(sampled[0]))
+
+
+def _grid(model: BagelModel, vae: FluxVae, settings: InputSettings) -> tuple[int, int]:
+    """Rows and columns of latent tokens of a drawn image."""
+    config = model.config
+    pixels = vae.factor * config.latent_patch
+    height, width = settings.drawn
+    if vae.channels != config.latent_channels:
+        raise BackboneError(f"the autoencoder has {vae.channels} channels, the model draws {config.latent_channels}")
+    if height % pixels or width % pixels or max(height, width) > pixels * config.latent_side:
+        raise BackboneError(
+            f"drawn images of {height} x {width} pixels: sides must be multiples of {pixels} up to"
+            f" {pixels * config.latent_side}"
+        )
+    return height // pixels, width // pixels

@@ -1,0 +1,65 @@
+"""Text behind a context: sampled a token at a time with per-sample seeds, and scored by teacher forcing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from unified_rl.backbones.bagel.context import Context
+from unified_rl.backbones.bagel.model import BagelModel
+from unified_rl.backbones.bagel.sequence import SpecialTokens, Text, pack
+from unified_rl.backbones.base import Categorical, TextScore, inverse_cdf, uniform_streams
+
+
+def score_text(
+    model: BagelModel, special: SpecialTokens, context: Context, answers: Sequence[Sequence[int]], device: torch.device
+) -> TextScore:
+    """Log-probs of ids after the token that opens an answer, differentiable."""
+    width = max([1, *map(len, answers)])
+    rows = [[Text([special.text_start, *ids])] for ids in answers]
+    log_probs = model.text_log_probs(pack(rows, model.config, special, context.next_position).to(device), context)
+    log_probs = F.pad(log_probs, (0, width - log_probs.shape[1]))  # where all answers are empty
+    ids = torch.tensor([[*ids, *[special.text_end] * (width - len(ids))] for ids in answers], device=device)
+    lengths = torch.tensor([len(ids) for ids in answers], device=device)
+    mask = (torch.arange(width, device=device) < lengths[:, None]).float()
+    return TextScore(log_probs, mask, ids)
+
+
+@torch.no_grad()
+def sample_text(
+    model: BagelModel,
+    special: SpecialTokens,
+    context: Context,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write behind every row of a context until the text's end or `max_new_tokens`.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+
+    Returns:
+        ids int64, log_probs, entropies, mask fp32: [B, T] each; see `TextTraj`.
+    """
+    uniforms = uniform_streams(seeds, max_new_tokens, device)
+    context = context.reserve(max_new_tokens)
+    layout = pack([[Text([special.text_start])]], model.config, special).to(device).tiled(context.next_position)
+    running = torch.ones(len(seeds), dtype=torch.bool, device=device)
+    columns = []
+    for i in range(max_new_tokens):
+        hidden, context = model(layout, context)
+        logits = model.logits(hidden.understanding).float() / (temperature or 1.0)
+        token = inverse_cdf(logits, uniforms[:, i]) if temperature else logits.argmax(-1)
+        step = Categorical(logits)
+        log_prob, entropy = step.log_prob(token), step.entropy()
+        columns.append((token.masked_fill(~running, special.text_end), log_prob * running, entropy * running, running))
+        running = running & (token != special.text_end)
+        if not running.any():
+            break
+        layout = layout.following(token)
+    ids, log_probs, entropies, mask = (torch.stack(values, 1) for values in zip(*columns, strict=True))
+    return ids, log_probs, entropies, mask.float()
