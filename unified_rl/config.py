@@ -69,10 +69,7 @@ class RolloutConfig:
     temperature: float = 1.0  # of token backbones
     guidance_scale: float = 1.0
     flow: FlowConfig = field(default_factory=FlowConfig)
-    think: bool = False  # write a plan first and draw from prompt and plan (BAGEL)
-    plan_instruction: str = (
-        "Think about the picture before you draw it, and write a detailed plan of it between <think> and </think>."
-    )
+    think: bool = False  # write a plan first, by the checkpoint's instruction, and draw from prompt and plan (BAGEL)
     plan_tokens: int = 1000  # a plan is cut off here
     groups_per_batch: int = 8  # prompts sampled together; G times as many images
     groups_per_shard: int = 32

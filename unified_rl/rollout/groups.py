@@ -77,8 +77,8 @@ def draw_groups(
         texts, seeds = [p.text for p in part], [seeds_of(p) for p in part]
         plans = None
         if rollout.think:
-            first = [group[0] for group in seeds]
-            plans = backbone.write_plans(texts, first, rollout.plan_instruction, rollout.plan_tokens, 0.0)
+            written = backbone.write_plans(texts, [group[0] for group in seeds], rollout.plan_tokens, 0.0)
+            plans = [plan for plan, group in zip(written, seeds, strict=True) for _ in group]
         trajectory = backbone.rollout_images(texts, [s for group in seeds for s in group], sampling, plans)
         images = backbone.decode(trajectory)
         rows = iter(range(len(images)))
@@ -91,8 +91,8 @@ def draw_groups(
                 sampling=sampling.to_dict(),
                 image=images[row],
                 tensors=trajectory.tensors(row),
-                plan=plans[number] if plans else None,
+                plan=plans[row] if plans else None,
             )
-            for number, (prompt, group) in enumerate(zip(part, seeds, strict=True))
+            for prompt, group in zip(part, seeds, strict=True)
             for sample, (seed, row) in enumerate(zip(group, rows, strict=False))
         ]

@@ -237,3 +237,11 @@ def test_noise_belongs_to_its_seed():
     assert together.shape == (2, 3, 4, 2)
     assert torch.equal(together[1], normal_streams([2**62], (3, 4, 2))[0])
     assert not torch.equal(together[0], together[1])
+
+
+def test_divergence_from_stored_means_is_the_exact_one():
+    mean, other = torch.zeros(1, 1, 2, 3), torch.full((1, 1, 2, 3), 0.4)
+    policy, base = Gaussian(mean, torch.tensor([[0.5]])), Gaussian(other, torch.tensor([[0.5]]))
+    stored = base.reference(mean)
+    assert policy.kl_to(mean, stored).item() == pytest.approx(0.4**2 / (2 * 0.5**2))  # (difference / std)^2 / 2
+    assert policy.kl_to(mean, policy.reference(mean)).item() == 0

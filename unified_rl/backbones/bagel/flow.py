@@ -186,6 +186,18 @@ class Gaussian:
             raise BackboneError("KL between steps of unlike schedules; compute both with the trajectory's own sampling")
         return ((self.mean - other.mean) / self.std[..., None, None]).pow(2).mean((-2, -1)) / 2
 
+    def reference(self, taken: torch.Tensor) -> torch.Tensor:
+        """What `kl_to` needs to know of these distributions when they are the base model's: fp32 [B, S, N, D]."""
+        return self.mean
+
+    def kl_to(self, taken: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """fp32 [B, S]: exact KL towards the base model's steps, nats per number, whatever the actions taken.
+
+        Args:
+            reference: the base model's `reference`.
+        """
+        return self.kl(Gaussian(reference, self.std))
+
     def entropy(self) -> torch.Tensor:
         """fp32 [B, S], nats per number; constant, because the spread is not learned."""
         return self.std.log() + 0.5 * math.log(2 * math.pi * math.e)
