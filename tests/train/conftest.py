@@ -27,7 +27,7 @@ PROMPTS = [
 GROUP_SIZE = 4
 
 
-def open_scored_run(folder: Path, janus: Path, *overrides: str) -> Run:
+def open_scored_run(folder: Path, checkpoint: Path, *overrides: str, recipe: str = "gvu_janus_shapes") -> Run:
     """A run whose iteration 0 is drawn and scored: 6 groups of 4, two optimiser steps of 12 images in batches of 5."""
     prompts = folder.parent / f"{folder.name}-prompts"
     prompts.mkdir()
@@ -35,8 +35,8 @@ def open_scored_run(folder: Path, janus: Path, *overrides: str) -> Run:
     info = write_records(prompts / "prompts-00000.tar", records)
     write_manifest(prompts, Manifest("prompts", 0, [info], "base", "", {"prompts": len(records)}))
     config = open_run(
-        folder, "gvu_janus_shapes", [
-            "iterations=2", f"backbone.path={janus}", "backbone.device=cpu", f"data.prompts={prompts}",
+        folder, recipe, [
+            "iterations=2", f"backbone.path={checkpoint}", "backbone.device=cpu", f"data.prompts={prompts}",
             f"data.prompts_per_iteration={len(PROMPTS)}", f"rollout.group_size={GROUP_SIZE}",
             "rollout.groups_per_shard=4", "train.scope=full", "train.groups_per_step=3", "train.micro_batch=5",
             "train.learning_rate=1e-3", "train.warmup_steps=3", "train.max_grad_norm=1.0", "policy.kl_coefficient=0.05",
