@@ -5,7 +5,14 @@ from unified_rl.policy.reward_weighted import reward_weighted_loss
 from unified_rl.reward.regions import grid_regions
 from unified_rl.reward.reward_map import reward_map
 from unified_rl.reward.srum_parse import JudgeScore, parse_global, parse_regions
-from unified_rl.reward.srum_prompts import GLOBAL_BANDS, LOCAL_BANDS, global_question, local_question
+from unified_rl.reward.srum_prompts import (
+    GLOBAL_BANDS,
+    LOCAL_BANDS,
+    THINK_INSTRUCTION,
+    WORDINGS,
+    global_question,
+    local_question,
+)
 
 BOXES = [(0, 0, 16, 16), (4, 8, 30, 32)]
 
@@ -37,9 +44,38 @@ def test_the_answers_that_are_asked_for_can_be_read():
     assert example in global_question("a cup") and parse_global(example).score == 0.95
 
 
+def test_brief_questions_are_one_line():
+    assert WORDINGS == ("full", "brief")
+    assert global_question("a cup\nleft of {a} plate", "brief") == 'score the layout for "a cup left of {a} plate"'
+    wanted = 'score the regions for "a cup": 1 (0, 0, 16, 16) 2 (4, 8, 30, 32)'
+    assert local_question("a\n cup", BOXES, 48, 64, wording="brief") == wanted
+    assert local_question("a cup", BOXES, 32, 32, with_reason=False, wording="brief") == wanted
+
+
+def test_full_is_the_wording_unless_told_otherwise():
+    assert global_question("a cup") == global_question("a cup", "full") != global_question("a cup", "brief")
+    assert local_question("a cup", BOXES, 48, 64) == local_question("a cup", BOXES, 48, 64, wording="full")
+
+
+@pytest.mark.parametrize("wording", ["Brief", "", "short"])
+def test_other_wordings_are_refused(wording):
+    with pytest.raises(ValueError, match="wording must be one of full, brief, not"):
+        global_question("a cup", wording)
+    with pytest.raises(ValueError, match="wording must be one of full, brief, not"):
+        local_question("a cup", BOXES, 48, 64, wording=wording)
+
+
+def test_a_plan_as_the_instruction_asks_for_is_not_read_for_scores():
+    assert "<think>" in THINK_INSTRUCTION and "</think>" in THINK_INSTRUCTION
+    assert parse_global("<think>perhaps Score: 0.9?</think>\nScore: 0.2") == JudgeScore(0.2)
+
+
 def test_a_judge_that_only_repeats_the_question_has_given_no_score():
     assert not isinstance(parse_global(global_question("a cup")), JudgeScore)
     results = parse_regions(local_question("a cup", BOXES, 48, 64), 2)
+    assert not any(isinstance(r, JudgeScore) for r in results.values())
+    assert not isinstance(parse_global(global_question("a cup", "brief")), JudgeScore)
+    results = parse_regions(local_question("a cup", BOXES, 48, 64, wording="brief"), 2)
     assert not any(isinstance(r, JudgeScore) for r in results.values())
 
 

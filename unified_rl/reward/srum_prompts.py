@@ -1,7 +1,7 @@
 """What the judge is asked (SRUM, arXiv 2510.12784, tables 8 and 9): the paper's bands in our own words.
 
-Both questions are read by `srum_parse`. The whole-image score of the paper's "sample reward" ablation is
-`local_question` with one box over the whole image.
+The answers to both questions, in either wording, are read by `srum_parse`. The whole-image score of the paper's "sample
+reward" ablation is `local_question` with one box over the whole image.
 """
 
 from __future__ import annotations
@@ -9,6 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from unified_rl.reward.regions import Box
+
+# full: scale, bands and form of the answer are explained, for a judge that has never been asked this before.
+# brief: one line, for a small model that was taught the question and its answer.
+WORDINGS = ("full", "brief")
+
+# For a judge that is to plan before it answers; `srum_parse` reads only what follows the plan.
+THINK_INSTRUCTION = """\
+Before you answer, look closely and reason step by step between <think> and </think>. Write the answer after </think>, \
+in the form that the question asks for, and put no scores of a draft there."""
 
 GLOBAL_BANDS = """\
  1.0          every spatial demand of the prompt is met
@@ -25,8 +34,14 @@ LOCAL_BANDS = """\
 -1.0          contradicts the prompt"""
 
 
-def global_question(prompt: str) -> str:
-    """Question for one score of composition and arrangement, -1..1, with a reason."""
+def global_question(prompt: str, wording: str = "full") -> str:
+    """Question for one score of composition and arrangement, -1..1; the full wording asks for a reason as well.
+
+    Raises:
+        ValueError: a wording that is none of `WORDINGS`.
+    """
+    if _is_brief(wording):
+        return f'score the layout for "{_one_line(prompt)}"'
     return f"""\
 You check pictures. The picture was drawn for this prompt: "{_one_line(prompt)}"
 
@@ -45,20 +60,27 @@ Score: 0.2
 Reason: The prompt asks for no arrangement, and the picture shows a plain one."""
 
 
-def local_question(prompt: str, boxes: Sequence[Box], height: int, width: int, with_reason: bool = True) -> str:
+def local_question(
+    prompt: str, boxes: Sequence[Box], height: int, width: int, with_reason: bool = True, wording: str = "full"
+) -> str:
     """Question for one score of relevance and quality, -1..1, for each of the regions 1..K.
 
     Args:
         prompt: the original prompt, not a rewritten one.
         boxes: K boxes in pixels of the picture as the judge sees it.
         height, width: size of that picture in pixels.
-        with_reason: ask for a reason, which the paper's text demands and the released question leaves out.
+        with_reason: ask for a reason, which the paper's text demands and the released question leaves out. The brief
+            wording never does.
+        wording: one of `WORDINGS`; the brief one does not state the size.
 
     Raises:
-        ValueError: no box.
+        ValueError: no box, or another wording.
     """
     if not boxes:
         raise ValueError("a picture without regions has no local question")
+    if _is_brief(wording):
+        numbered = " ".join(f"{i} ({b[0]}, {b[1]}, {b[2]}, {b[3]})" for i, b in enumerate(boxes, 1))
+        return f'score the regions for "{_one_line(prompt)}": {numbered}'
     regions = "\n".join(f"Region {i}: from ({b[0]}, {b[1]}) to ({b[2]}, {b[3]})" for i, b in enumerate(boxes, 1))
     reason = "\nReason: <one short sentence>" if with_reason else ""
     return f"""\
@@ -77,6 +99,12 @@ Answer for all {len(boxes)} regions in their order, each in this form and nothin
 Region <number>
 Object: <main thing>
 Score: <number from -1 to 1>{reason}"""
+
+
+def _is_brief(wording: str) -> bool:
+    if wording not in WORDINGS:
+        raise ValueError(f"wording must be one of {', '.join(WORDINGS)}, not {wording!r}")
+    return wording == "brief"
 
 
 def _one_line(prompt: str) -> str:
