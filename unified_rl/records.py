@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from unified_rl.manifests import SCHEMA_VERSION, is_count, strict_json
+from unified_rl.manifests import is_count, strict_json
 from unified_rl.runtime import StageError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ PROMPT_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 MAX_IMAGE_SIDE = 4096
 MAX_TEXT_CHARACTERS = 32768
 MAX_SAMPLES = 10**6
+MAX_REGIONS = 256
+MAX_REGION_TEXT = 1000
 STATUSES = ("ok", "failed", "skipped")
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -87,17 +89,19 @@ def _is_finite(value: object) -> bool:
         return False
 
 
-def _encode(source: _Source, content: dict) -> bytes:
+def _encode(source: _Source, content: dict, schema: int) -> bytes:
     try:
-        text = json.dumps({**content, "schema": SCHEMA_VERSION}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = json.dumps({**content, "schema": schema}, sort_keys=True, ensure_ascii=False, allow_nan=False)
         return text.encode()
     except (ValueError, TypeError) as error:
         raise RecordError(f"{source.label}: cannot be stored as JSON: {error}") from None
 
 
-def _decode(source: _Source, members: dict[str, bytes], allowed: tuple[str, ...], names: set[str]) -> dict:
-    """JSON content with exactly the fields `names`; the members must be exactly `allowed`."""
-    wrong = sorted(set(members) ^ set(allowed))
+def _decode(
+    source: _Source, members: dict[str, bytes], kind: type[PromptRecord | RolloutRecord | RewardRecord]
+) -> dict:
+    """JSON content with exactly the fields, members and schema of a kind of record."""
+    wrong = sorted(set(members) ^ set(kind.MEMBERS))
     source.check(not wrong, f"missing or unexpected member .{', .'.join(wrong)}")
     try:
         content = strict_json(members["json"].decode())
@@ -106,10 +110,10 @@ def _decode(source: _Source, members: dict[str, bytes], allowed: tuple[str, ...]
     source.check(isinstance(content, dict), ".json is not an object")
     version = content.pop("schema", None)
     source.check(
-        version == SCHEMA_VERSION and not isinstance(version, bool),
-        f"schema version {version!r}, this program reads version {SCHEMA_VERSION}",
+        version == kind.SCHEMA and not isinstance(version, bool),
+        f"schema version {version!r}, this program reads version {kind.SCHEMA}",
     )
-    wrong = sorted(set(content) ^ names)
+    wrong = sorted(set(content) ^ kind.FIELDS)
     source.check(not wrong, f"missing or unknown field {', '.join(wrong)}")
     return content
 
@@ -202,27 +206,36 @@ def _decode_tensors(source: _Source, data: bytes) -> dict[str, torch.Tensor]:
         raise RecordError(f"{source.label}: .safetensors cannot be read: {error}") from None
 
 
-def _check_tensors(source: _Source, tensors: dict[str, torch.Tensor], vectors: dict[str, bool]) -> None:
-    """All floating-point tensors finite; `vectors` (name -> is floating point) one-dimensional and of that kind."""
+def _check_tensors(source: _Source, tensors: dict[str, torch.Tensor], known: dict[str, str]) -> None:
+    """Every tensor finite and as `known` describes its name: `int` or `float`, then its dimensions, as `float [S, N]`.
+
+    A dimension is the same in all tensors that name it, and never 0.
+    """
     import torch
 
+    sizes: dict[str, tuple[int, str]] = {}
     for name, tensor in tensors.items():
         source.check(isinstance(tensor, torch.Tensor), f"tensor {name} is no tensor")
-        if tensor.is_floating_point():
-            source.check(bool(torch.isfinite(tensor).all()), f"tensor {name} has a non-finite value")
-    for name, floating in vectors.items():
-        source.check(name in tensors, f"tensor {name} is missing")
-        tensor = tensors[name]
-        allowed = (torch.float32,) if floating else (torch.int32, torch.int64)
+        source.check(name in known, f"tensor {name} is none of {', '.join(known)}")
+        kind, shape = known[name].split(" ", 1)
+        allowed = (torch.float32,) if kind == "float" else (torch.int32, torch.int64)
         source.check(tensor.dtype in allowed, f"tensor {name} is {tensor.dtype}, expected {allowed[0]}")
-        source.check(tensor.ndim == 1 and tensor.numel() > 0, f"tensor {name} has shape {list(tensor.shape)}, not [S]")
+        letters = shape.strip("[]").split(", ")
+        fits = tensor.ndim == len(letters) and tensor.numel() > 0
+        source.check(fits, f"tensor {name} has shape {list(tensor.shape)}, not {shape}")
+        source.check(bool(torch.isfinite(tensor).all()), f"tensor {name} has a non-finite value")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            first, where = sizes.setdefault(letter, (size, name))
+            source.check(first == size, f"{letter} is {first} in tensor {where} but {size} in tensor {name}")
 
 
 @dataclass
 class PromptRecord:
     """One prompt; `metadata` follows GenEval's schema where there is one."""
 
+    SCHEMA: ClassVar[int] = 1
     MEMBERS: ClassVar[tuple[str, ...]] = ("json",)
+    FIELDS: ClassVar[frozenset[str]] = frozenset(("prompt_id", "text", "metadata"))
 
     prompt_id: str
     text: str
@@ -240,7 +253,7 @@ class PromptRecord:
     @classmethod
     def from_json(cls, content: dict, source: _Source) -> PromptRecord:
         """Checked prompt; RecordError names the source."""
-        source.check(set(content) == {"prompt_id", "text", "metadata"}, "a prompt has prompt_id, text and metadata")
+        source.check(set(content) == cls.FIELDS, "a prompt has prompt_id, text and metadata")
         prompt_id = source.text(content, "prompt_id")
         source.check(bool(PROMPT_ID.fullmatch(prompt_id)), f"prompt_id {prompt_id!r} is not {PROMPT_ID.pattern}")
         return cls(prompt_id, source.text(content, "text"), source.mapping(content, "metadata"))
@@ -249,26 +262,40 @@ class PromptRecord:
         """Extension -> bytes."""
         source = _Source("", self.key)
         self.from_json(self.to_json(), source)
-        return {"json": _encode(source, self.to_json())}
+        return {"json": _encode(source, self.to_json(), self.SCHEMA)}
 
     @classmethod
     def from_members(cls, key: str, members: dict[str, bytes], source: str) -> PromptRecord:
         """Inverse of `to_members`, everything checked."""
         where = _Source(source, key)
-        content = _decode(where, members, cls.MEMBERS, {"prompt_id", "text", "metadata"})
+        content = _decode(where, members, cls)
         prompt = cls.from_json(content, where)
         where.check(prompt.key == key, f"belongs to prompt {prompt.key}")
         return prompt
+
+
+TRAJECTORY_TENSORS = {
+    "actions": "int [S]", "final": "float [N, D]", "latents": "float [S + 1, N, D]", "steps": "int [S]",
+    "log_probs": "float [S]",
+}  # fmt: skip
+TRAJECTORIES = ({"actions", "log_probs"}, {"final"}, {"final", "latents", "steps", "log_probs"})
+REWARD_TENSORS = {
+    "token_log_probs": "float [L]", "reward_map": "float [h, w]", "reference_log_probs": "float [S]",
+    "reference_means": "float [S, N, D]",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
 class RolloutRecord:
     """One image drawn by a policy, with what is needed to replay it.
 
-    `image` is uint8 [H, W, 3]; `tensors` holds `actions` int [S] and `log_probs` fp32 [S] of the distribution
-    that was sampled (after guidance and temperature).
+    `image` is uint8 [H, W, 3]. `tensors` is what a trajectory of `backbones.base` stores of one image: of tokens
+    `actions` int [S] and `log_probs` fp32 [S] under the distribution that was sampled (after guidance and temperature);
+    of a flow its latents `final` fp32 [N, D] and, where noise was added in S decisions, `latents` fp32 [S + 1, N, D],
+    `steps` int [S], `log_probs` fp32 [S].
     """
 
+    SCHEMA: ClassVar[int] = 2  # 2: images of a flow, whose tensors an older program would refuse one by one
     MEMBERS: ClassVar[tuple[str, ...]] = ("json", "png", "safetensors")
     FIELDS: ClassVar[frozenset[str]] = frozenset(("prompt", "sample", "seed", "policy_version", "sampling", "plan"))
 
@@ -294,9 +321,19 @@ class RolloutRecord:
         source.mapping(content, "sampling")
         if self.plan is not None:
             source.text(content, "plan", empty=True)
-        _check_tensors(source, self.tensors, {"actions": False, "log_probs": True})
-        lengths = len(self.tensors["actions"]), len(self.tensors["log_probs"])
-        source.check(lengths[0] == lengths[1], f"{lengths[0]} actions but {lengths[1]} log_probs")
+        self._check_trajectory(source)
+
+    def _check_trajectory(self, source: _Source) -> None:
+        names = set(self.tensors)
+        source.check(
+            names in TRAJECTORIES, f"tensors {', '.join(sorted(names))} are no trajectory of tokens or of a flow"
+        )
+        _check_tensors(source, self.tensors, TRAJECTORY_TENSORS)
+        if "steps" in names:
+            steps, latents = self.tensors["steps"].tolist(), len(self.tensors["latents"])
+            source.check(latents == len(steps) + 1, f"{latents} latents, not one more than the {len(steps)} steps")
+            consecutive = steps[0] >= 0 and steps == list(range(steps[0], steps[0] + len(steps)))
+            source.check(consecutive, f"steps {steps[:8]} are not consecutive steps of a schedule")
 
     def to_members(self) -> dict[str, bytes]:
         """Extension -> bytes; RecordError where the record breaks the contract."""
@@ -308,7 +345,7 @@ class RolloutRecord:
             "policy_version": self.policy_version, "sampling": self.sampling, "plan": self.plan,
         }  # fmt: skip
         return {
-            "json": _encode(source, content),
+            "json": _encode(source, content, self.SCHEMA),
             "png": encode_png(self.image, source.label),
             "safetensors": _encode_tensors(self.tensors),
         }
@@ -317,7 +354,7 @@ class RolloutRecord:
     def from_members(cls, key: str, members: dict[str, bytes], source: str) -> RolloutRecord:
         """Inverse of `to_members`, everything checked; the image size before it is decoded."""
         where = _Source(source, key)
-        content = _decode(where, members, cls.MEMBERS, set(cls.FIELDS))
+        content = _decode(where, members, cls)
         prompt = PromptRecord.from_json(where.mapping(content, "prompt"), where)
         content["prompt"] = prompt
         image = decode_png(members["png"], where.label)
@@ -331,13 +368,21 @@ class RolloutRecord:
 class RewardRecord:
     """Score of one image. A failed or skipped score is a state with a reason, never a number.
 
-    `tokens` are the text pieces of the scored prompt. `tensors` holds `token_log_probs` fp32 [L] under the judge
-    and `reference_log_probs` fp32 [S] of the image's actions under the base weights; both are required when ok.
+    `tokens` are the L text pieces of the scored prompt (GvU). `regions` are what the judge said of parts of the image
+    (SRUM), each `{box, score, object, reason}`: the box [x1, y1, x2, y2] in pixels, x2 and y2 just outside; the score
+    null where it could not be read. `tensors` may hold, and an ok record must where it says so:
+
+    * `token_log_probs` fp32 [L], of the tokens under the judge; as many as tokens.
+    * `reward_map` fp32 [h, w] in -1..1, SRUM's R on the grid of latents or image tokens, with `alpha` (0..1)
+      among the components; needed with regions.
+    * `reference_log_probs` fp32 [S], of the image's decisions under the base weights, and `reference_means` fp32
+      [S, N, D], of a flow's steps. Not every update needs a reference: training checks what it needs.
     """
 
+    SCHEMA: ClassVar[int] = 2  # 2: `regions`, maps, and no reference where the update needs none
     MEMBERS: ClassVar[tuple[str, ...]] = ("json", "safetensors")
     FIELDS: ClassVar[frozenset[str]] = frozenset(
-        ("key", "prompt_id", "policy_version", "status", "reward", "components", "reason", "tokens")
+        ("key", "prompt_id", "policy_version", "status", "reward", "components", "reason", "tokens", "regions")
     )
 
     key: str
@@ -349,6 +394,7 @@ class RewardRecord:
     reason: str = ""
     tokens: list[str] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    regions: list[dict] = field(default_factory=list)
 
     def _content(self) -> dict:
         return {name: getattr(self, name) for name in self.FIELDS}
@@ -366,27 +412,56 @@ class RewardRecord:
             source.check(_is_finite(value), f"component {name} is {value!r}, not a finite number")
         texts = isinstance(self.tokens, list) and all(isinstance(t, str) and _is_unicode(t) for t in self.tokens)
         source.check(texts, "tokens must be a list of text pieces")
+        self._check_regions(source)
+        _check_tensors(source, self.tensors, REWARD_TENSORS)
         if self.status == "ok":
             source.check(_is_finite(self.reward), f"status ok needs a finite reward, not {self.reward!r}")
-            _check_tensors(source, self.tensors, {"token_log_probs": True, "reference_log_probs": True})
-            length = len(self.tensors["token_log_probs"])
-            source.check(length == len(self.tokens), f"{length} token_log_probs but {len(self.tokens)} tokens")
+            self._check_evidence(source)
         else:
             source.check(self.reward is None, f"status {self.status} must not carry a reward ({self.reward!r})")
             source.check(bool(self.reason.strip()), f"status {self.status} needs a reason")
-            _check_tensors(source, self.tensors, {})
+
+    def _check_evidence(self, source: _Source) -> None:
+        """What an ok record must hold besides its reward."""
+        scored = len(self.tensors.get("token_log_probs", ()))
+        source.check(scored == len(self.tokens), f"{scored} token_log_probs but {len(self.tokens)} tokens")
+        made = self.tensors.get("reward_map")
+        source.check(made is not None or not self.regions, "regions without the tensor reward_map")
+        if made is not None:
+            source.check(bool((made.abs() <= 1.0).all()), "tensor reward_map has a value outside -1..1")
+            alpha = self.components.get("alpha", math.nan)
+            source.check(0 <= alpha <= 1, f"tensor reward_map needs the component alpha in 0..1, not {alpha}")
+
+    def _check_regions(self, source: _Source) -> None:
+        source.check(isinstance(self.regions, list), "regions must be a list")
+        source.check(len(self.regions) <= MAX_REGIONS, f"{len(self.regions)} regions, more than {MAX_REGIONS}")
+        for number, region in enumerate(self.regions, 1):
+            where = f"region {number}"
+            named = isinstance(region, dict) and set(region) == {"box", "score", "object", "reason"}
+            source.check(named, f"{where} must have exactly box, score, object and reason")
+            box, score = region["box"], region["score"]
+            whole = isinstance(box, list) and len(box) == 4 and all(is_count(v) and v <= MAX_IMAGE_SIDE for v in box)
+            source.check(whole, f"{where}: box {box!r} must be four whole numbers in 0..{MAX_IMAGE_SIDE}")
+            source.check(box[0] < box[2] and box[1] < box[3], f"{where}: box {box} is empty or inverted")
+            for name in ("object", "reason"):
+                text = source.text(region, name, empty=True)
+                source.check(len(text) <= MAX_REGION_TEXT, f"{where}: {name} is longer than {MAX_REGION_TEXT}")
+            if score is None:
+                source.check(bool(region["reason"].strip()), f"{where}: a score that is null needs a reason")
+            else:
+                source.check(_is_finite(score) and -1 <= score <= 1, f"{where}: score {score!r} is not in -1..1")
 
     def to_members(self) -> dict[str, bytes]:
         """Extension -> bytes; RecordError where the record breaks the contract."""
         source = _Source("", self.key)
         self._check(source)
-        return {"json": _encode(source, self._content()), "safetensors": _encode_tensors(self.tensors)}
+        return {"json": _encode(source, self._content(), self.SCHEMA), "safetensors": _encode_tensors(self.tensors)}
 
     @classmethod
     def from_members(cls, key: str, members: dict[str, bytes], source: str) -> RewardRecord:
         """Inverse of `to_members`, everything checked."""
         where = _Source(source, key)
-        content = _decode(where, members, cls.MEMBERS, set(cls.FIELDS))
+        content = _decode(where, members, cls)
         where.check(content["key"] == key, f"belongs to sample {content['key']!r}")
         record = cls(**content, tensors=_decode_tensors(where, members["safetensors"]))
         record._check(where)
