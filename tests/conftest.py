@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.made_bagel import build_random_bagel
+
 VQ_CODES = 96
 
 
@@ -107,6 +109,14 @@ def random_janus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a random tiny Janus: 16 image tokens, 32 x 32 pixels."""
     folder = tmp_path_factory.mktemp("random-janus")
     build_random_janus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_bagel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a random tiny BAGEL: 2 x 3 cells, 32 x 48 pixels."""
+    folder = tmp_path_factory.mktemp("random-bagel")
+    build_random_bagel(folder)
     return folder
 
 

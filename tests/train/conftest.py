@@ -70,13 +70,13 @@ def environment() -> dict[str, str]:
     return {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def train_with(ranks: int, out: Path, *scenarios: str) -> list:
-    """Play scenarios (see driver.py) on `ranks` processes; results of rank 0, the same on all ranks.
+def run_ranks(ranks: int, script: str, out: Path, *arguments: str) -> list:
+    """Run `script OUT ARGUMENTS...` of this folder on `ranks` processes; what each wrote to OUT.RANK.json.
 
     A rank that waits for ever ends with the time limit, as a failure.
     """
     shared = {**environment(), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(Path(__file__).parent / "driver.py"), str(out), *scenarios]
+    command = [sys.executable, str(Path(__file__).parent / script), str(out), *arguments]
     processes = [
         subprocess.Popen(
             command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -89,7 +89,12 @@ def train_with(ranks: int, out: Path, *scenarios: str) -> list:
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)[-4000:]
-    results = [json.loads(Path(f"{out}.{r}.json").read_text()) for r in range(ranks)]
+    return [json.loads(Path(f"{out}.{r}.json").read_text()) for r in range(ranks)]
+
+
+def train_with(ranks: int, out: Path, *scenarios: str) -> list:
+    """Play scenarios (see driver.py) on `ranks` processes; results of rank 0, the same on all ranks."""
+    results = run_ranks(ranks, "driver.py", out, *scenarios)
     assert all(result == results[0] for result in results), results
     return results[0]
 

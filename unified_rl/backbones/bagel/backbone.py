@@ -88,7 +88,7 @@ class BagelBackbone(TrainedWeights):
             BackboneError: the folder is incomplete or its parts do not fit together.
         """
         folder, device = Path(path), torch.device(device)
-        model = loading.load_model(folder, dtype, device, attn_implementation)
+        model = loading.load_model(folder, dtype, device, attn_implementation, ds_config)
         # An empty configuration: transformers knows no BAGEL, and would read what it does not understand.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), local_files_only=True)
         vae = FluxVae.from_folder(folder, device)
@@ -146,12 +146,12 @@ class BagelBackbone(TrainedWeights):
         Args:
             prompts: P texts.
             seeds: P * G, the G of a prompt together.
-            plans: one per image, what was planned before it is drawn; see `write_plans`.
+            plans: one per prompt, what its images are planned to be; see `write_plans`.
         """
         if not prompts or not seeds or len(seeds) % len(prompts):
             raise BackboneError(f"{len(seeds)} seeds do not divide evenly over {len(prompts)} prompts")
         size = len(seeds) // len(prompts)
-        context = self._contexts([prompt for prompt in prompts for _ in range(size)], plans)
+        context = self._contexts(prompts, plans).repeat(size)
         starts = [sampling.window_start(seeds[row - row % size]) for row in range(len(seeds))]
         return self.painter.draw(context, seeds, starts, sampling)
 
@@ -272,16 +272,16 @@ class BagelBackbone(TrainedWeights):
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
+        instruction: str,
         max_new_tokens: int,
         temperature: float,
-        instruction: str | None = None,
     ) -> list[str]:
         """Think before drawing: one plan per prompt and seed, for `rollout_images` and everything that replays it.
 
         Args:
-            instruction: default: the checkpoint's, which stands in front of the prompt when the plan is drawn.
+            instruction: stands in front of the prompt.
         """
-        first = self.inputs.whole(self.inputs.settings.think if instruction is None else instruction)
+        first = self.inputs.whole(instruction)
         rows = [[first, self.inputs.whole(prompt)] for prompt in prompts]
         written = self._write(rows, seeds, max_new_tokens, temperature)
         return [self.inputs.without_control(text) for text in written.texts]

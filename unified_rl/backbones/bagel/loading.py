@@ -14,6 +14,7 @@ from unified_rl.backbones.bagel.attention import choose_attention
 from unified_rl.backbones.bagel.config import BagelConfig
 from unified_rl.backbones.bagel.model import BagelModel
 from unified_rl.backbones.base import SHOWN, BackboneError, tensor_problems
+from unified_rl.backbones.partitioned import partitioned, place_partitioned
 
 WEIGHTS = "ema.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -137,11 +138,15 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: str = "auto",
+    ds_config: dict | None = None,
 ) -> BagelModel:
     """The network of a checkpoint folder, in eval mode, no parameter requiring a gradient.
 
     The model is laid out without storage, allocated on `device`, and filled a tensor at a time: host memory holds
     one tensor, not a checkpoint.
+
+    Args:
+        ds_config: a DeepSpeed ZeRO-3 configuration; every rank then holds its part of each tensor.
 
     Raises:
         BackboneError: the folder is incomplete or its parts do not fit together.
@@ -149,18 +154,29 @@ def load_model(
     folder, device = Path(folder), torch.device(device)
     weights = Weights.from_folder(folder)
     config = BagelConfig.from_folder(folder, weights.shapes)
-    return build(config, weights, dtype, device, choose_attention(attention, device, dtype))
+    return build(config, weights, dtype, device, choose_attention(attention, device, dtype), ds_config)
 
 
 def build(
-    config: BagelConfig, weights: Weights, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+    config: BagelConfig,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+    ds_config: dict | None = None,
 ) -> BagelModel:
     """A model of this configuration with these weights; see `load_model`."""
     with torch.device("meta"):
         model = BagelModel(config, attention).to(dtype)
     check_names(model, weights)
-    model.to_empty(device=device)
-    model.latent_pos_embed.reset()
-    model.vit_pos_embed.reset()
-    fill(model, weights)
+    if ds_config is None:
+        model.to_empty(device=device)
+        place = copy_in
+    else:
+        with partitioned(ds_config):
+            model = BagelModel(config, attention)
+        place = place_partitioned
+    for name, table in (("latent_pos_embed", model.latent_pos_embed), ("vit_pos_embed", model.vit_pos_embed)):
+        place(f"{name}.pos_embed", table.pos_embed, table.values)
+    fill(model, weights, place)
     return model.eval().requires_grad_(False)

@@ -36,14 +36,14 @@ class PositionTable(nn.Module):
 
     def __init__(self, side: int, width: int) -> None:
         super().__init__()
-        self.side = side
+        self.side, self.width = side, width
         self.pos_embed = nn.Parameter(torch.empty(side * side, width), requires_grad=False)
-        self.reset()
-
-    def reset(self) -> None:
-        """Compute the table anew; public checkpoints may leave it out."""
         if not self.pos_embed.is_meta:
-            self.pos_embed.data.copy_(sincos_table(self.side, self.pos_embed.shape[1]))
+            self.pos_embed.data.copy_(self.values())
+
+    def values(self) -> torch.Tensor:
+        """fp32 [side * side, width], for checkpoints that leave the table out."""
+        return sincos_table(self.side, self.width)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """[..., width] of int64 [...] positions."""
