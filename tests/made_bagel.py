@@ -110,7 +110,7 @@ def build_random_bagel(folder: Path) -> None:
     language, vision = model.config.language, model.config.vision
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "config.json": {"model_type": "bagel", "vae_config": {"z_channels": 4}},
+        "config.json": {"model_type": "bagel", "vae_config": {"z_channels": model.config.latent_channels}},
         "preprocessor_config.json": SETTINGS,
         "llm_config.json": {
             "hidden_size": language.hidden,
@@ -132,7 +132,7 @@ def build_random_bagel(folder: Path) -> None:
         (folder / name).write_text(json.dumps(values))
     save_file(model.state_dict(), folder / "ema.safetensors")
     generator = torch.Generator().manual_seed(0)
-    shapes = vae_shapes(channels=(32, 32, 32, 32), latent=4)
+    shapes = vae_shapes(channels=(32, 32, 32, 32), latent=model.config.latent_channels)
     vae = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     save_file(vae, folder / "ae.safetensors")
     tokenizer.save_pretrained(folder)

@@ -146,12 +146,12 @@ class BagelBackbone(TrainedWeights):
         Args:
             prompts: P texts.
             seeds: P * G, the G of a prompt together.
-            plans: one per prompt, what its images are planned to be; see `write_plans`.
+            plans: one per image, what was planned before it is drawn; see `write_plans`.
         """
         if not prompts or not seeds or len(seeds) % len(prompts):
             raise BackboneError(f"{len(seeds)} seeds do not divide evenly over {len(prompts)} prompts")
         size = len(seeds) // len(prompts)
-        context = self._contexts(prompts, plans).repeat(size)
+        context = self._contexts([prompt for prompt in prompts for _ in range(size)], plans)
         starts = [sampling.window_start(seeds[row - row % size]) for row in range(len(seeds))]
         return self.painter.draw(context, seeds, starts, sampling)
 
@@ -269,19 +269,10 @@ class BagelBackbone(TrainedWeights):
         return self._write(self.inputs.reading(images, questions, system), seeds, max_new_tokens, temperature)
 
     def write_plans(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        instruction: str,
-        max_new_tokens: int,
-        temperature: float,
+        self, prompts: Sequence[str], seeds: Sequence[int], max_new_tokens: int, temperature: float
     ) -> list[str]:
-        """Think before drawing: one plan per prompt and seed, for `rollout_images` and everything that replays it.
-
-        Args:
-            instruction: stands in front of the prompt.
-        """
-        first = self.inputs.whole(instruction)
+        """Think before drawing: one plan per prompt and seed, for `rollout_images` and everything that replays it."""
+        first = self.inputs.whole(self.inputs.settings.think)
         rows = [[first, self.inputs.whole(prompt)] for prompt in prompts]
         written = self._write(rows, seeds, max_new_tokens, temperature)
         return [self.inputs.without_control(text) for text in written.texts]

@@ -184,19 +184,7 @@ class Gaussian:
         """
         if not torch.equal(self.std, other.std):
             raise BackboneError("KL between steps of unlike schedules; compute both with the trajectory's own sampling")
-        return self.kl_to(self.mean, other.mean)
-
-    def reference(self, taken: torch.Tensor) -> torch.Tensor:
-        """What `kl_to` needs to know of these distributions when they are the base model's: fp32 [B, S, N, D]."""
-        return self.mean
-
-    def kl_to(self, taken: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """fp32 [B, S]: KL towards the base model, nats per number; exact, whatever was taken.
-
-        Args:
-            reference: the base model's `reference`, of the same steps and sampling.
-        """
-        return ((self.mean - reference.float()) / self.std[..., None, None]).pow(2).mean((-2, -1)) / 2
+        return ((self.mean - other.mean) / self.std[..., None, None]).pow(2).mean((-2, -1)) / 2
 
     def reference(self, taken: torch.Tensor) -> torch.Tensor:
         """What `kl_to` needs to know of these distributions when they are the base model's: fp32 [B, S, N, D]."""
