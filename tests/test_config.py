@@ -126,6 +126,13 @@ def test_a_wrong_type_names_the_key(override: str) -> None:
         ("train.learning_rate=-1", "train.learning_rate=-1.0 must be above 0"),
         ("policy.clip_low=1", "policy.clip_low=1.0 must be below 1"),
         ("reward.max_failed_share=1.5", "reward.max_failed_share=1.5 must lie in 0..1"),
+        ("policy.control=constant", "policy.control=constant is a control of policy.update=reward_weighted"),
+        ("rollout.think=true", "janus cannot draw from a written plan"),
+        ("reward.srum.regions=boxes", "reward.srum.regions=boxes is not one of grid, components, sam, file"),
+        ("reward.srum.regions=sam", "reward.srum.sam_path='' and reward.srum.regions=sam do not fit"),
+        ("reward.srum.boxes_file=x", "reward.srum.boxes_file='x' and reward.srum.regions=grid do not fit"),
+        ("reward.srum.grid_rows=200", "a grid of 200 x 2 has over 256 cells"),
+        ("reward.srum.retries=-1", "reward.srum.retries=-1 must be at least 0"),
         ("reward.judge=alive", "reward.judge=alive is not one of frozen, live"),
         ("train.scope=all", "train.scope=all is not one of lora, full"),
         ("backbone.dtype=float8", "backbone.dtype=float8 is not one of float32, bfloat16"),
@@ -234,3 +241,16 @@ def test_every_stage_takes_overrides_and_refuses_unknown_keys(stage: str, tmp_pa
     assert "unknown key train.learningrate; the nearest valid key is train.learning_rate" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_flows_need_noise_for_grpo_and_know_no_temperature() -> None:
+    flow = ["backbone.family=bagel", "backbone.path=x", "data.prompts=x"]
+    with pytest.raises(ConfigError, match="rollout.flow.eta=0 draws by the ODE"):
+        resolve("gvu", [*flow, "rollout.flow.eta=0"])
+    with pytest.raises(ConfigError, match="rollout.temperature=0.9: bagel has none"):
+        resolve("gvu", [*flow, "rollout.temperature=0.9"])
+    resolve("gvu", [*flow, "rollout.flow.eta=0", "policy.update=reward_weighted"])
+
+
+def test_nothing_behind_the_equals_sign_is_the_empty_text() -> None:
+    assert resolve(RECIPE, ["evaluate.prompts="]).evaluate.prompts == ""

@@ -77,10 +77,33 @@ class RolloutConfig:
 
 
 @dataclass
-class RewardConfig:
-    """Scores of the images under the judge (GvU section 3.2)."""
+class SrumConfig:
+    """How SRUM's judge is asked about images and their regions, and how its answers are painted."""
 
-    method: str = "gvu"
+    preset: str = "srum"  # srum: the paper; srum_release: what the published code computes
+    regions: str = "grid"  # grid | components (areas of similar colour) | sam (Segment Anything) | file (the user's)
+    grid_rows: int = 2
+    grid_columns: int = 2
+    boxes_file: str = ""  # JSONL of boxes by prompt, with regions=file (see docs/srum.md)
+    sam_path: str = ""  # checkpoint folder, with regions=sam
+    wording: str = "full"  # of the questions; brief: for models that were taught it
+    with_reason: bool = True  # ask for a reason beside every region's score
+    use_global: bool = True  # false: no question about the whole image, alpha is 1
+    use_local: bool = True  # false: no question about regions, R is 1 everywhere
+    think: bool = False  # let the judge plan before it answers
+    think_instruction: str = ""  # empty: our own
+    max_new_tokens_global: int = 1024  # longest reply, its plan included
+    max_new_tokens_local: int = 4096
+    retries: int = 4  # further attempts at a reply that could not be read, or not for all regions
+    retry_temperature: float = 0.7
+
+
+@dataclass
+class RewardConfig:
+    """Scores of the images under the judge."""
+
+    method: str = "gvu"  # gvu: likelihood of the prompt (section 3.2) | srum: global and regional scores
+    srum: SrumConfig = field(default_factory=SrumConfig)
     judge: str = "frozen"  # frozen: the base weights; live: the policy that drew the images
     question: str = "Describe the image in detail."
     domain: str = "probability"  # probability: geometric mean; log: mean log-likelihood
@@ -168,11 +191,15 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+MAX_REGIONS = 256  # of an image
 TOKEN_FAMILIES = ("janus",)  # draw tokens; all others draw by a flow
 CHOICES = {
     "backbone.family": ("janus", "bagel"),
     "backbone.dtype": ("float32", "bfloat16"),
-    "reward.method": ("gvu",),
+    "reward.method": ("gvu", "srum"),
+    "reward.srum.preset": ("srum", "srum_release"),
+    "reward.srum.regions": ("grid", "components", "sam", "file"),
+    "reward.srum.wording": ("full", "brief"),
     "reward.judge": ("frozen", "live"),
     "reward.domain": ("probability", "log"),
     "rollout.flow.renorm": ("global", "channel", "none"),
@@ -192,6 +219,11 @@ AT_LEAST = {
     "rollout.groups_per_shard": 1,
     "rollout.workers": 1,
     "reward.batch_size": 1,
+    "reward.srum.grid_rows": 1,
+    "reward.srum.grid_columns": 1,
+    "reward.srum.max_new_tokens_global": 1,
+    "reward.srum.max_new_tokens_local": 1,
+    "reward.srum.retries": 0,
     "reward.workers": 1,
     "train.ranks": 1,
     "train.groups_per_step": 1,
@@ -209,6 +241,7 @@ AT_LEAST = {
 ABOVE_ZERO = (
     "rollout.temperature",
     "rollout.flow.shift",
+    "reward.srum.retry_temperature",
     "train.learning_rate",
     "policy.clip_low",
     "policy.clip_high",
@@ -282,12 +315,12 @@ def resolve(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConf
     for path, content in recipe_layers(recipe):
         config = _merge(config, content, str(path))
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, value = override.partition("=")
         if not separator:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         if OmegaConf.is_dict(OmegaConf.select(config, key)):
             raise ConfigError(f"{key} is a section, not a value; set one of its keys, like {key}.NAME=value")
-        config = _merge(config, OmegaConf.from_dotlist([override]), f"override {override!r}")
+        config = _merge(config, OmegaConf.from_dotlist([override if value else f"{key}=''"]), f"override {override!r}")
     return validate(config)
 
 
@@ -324,6 +357,15 @@ def _check_combinations(config: DictConfig) -> None:
         raise ConfigError(f"rollout.group_size={groups} must be at least 2: rewards are compared within a group")
     if grpo and config.policy.control == "constant":
         raise ConfigError("policy.control=constant is a control of policy.update=reward_weighted")
+    srum = config.reward.srum
+    for key, source in (("boxes_file", "file"), ("sam_path", "sam")):
+        if bool(srum[key]) != (srum.regions == source):
+            raise ConfigError(
+                f"reward.srum.{key}={srum[key]!r} and reward.srum.regions={srum.regions} do not fit: "
+                f"{source} needs it, the others must not have it"
+            )
+    if srum.regions == "grid" and srum.grid_rows * srum.grid_columns > MAX_REGIONS:
+        raise ConfigError(f"reward.srum: a grid of {srum.grid_rows} x {srum.grid_columns} has over {MAX_REGIONS} cells")
     if config.backbone.family in TOKEN_FAMILIES:
         if config.rollout.think:
             raise ConfigError(f"rollout.think=true: {config.backbone.family} cannot draw from a written plan")

@@ -15,6 +15,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from unified_rl.config import MAX_REGIONS
 from unified_rl.manifests import is_count, strict_json
 from unified_rl.runtime import StageError
 
@@ -28,7 +29,6 @@ PROMPT_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 MAX_IMAGE_SIDE = 4096
 MAX_TEXT_CHARACTERS = 32768
 MAX_SAMPLES = 10**6
-MAX_REGIONS = 256
 MAX_REGION_TEXT = 1000
 STATUSES = ("ok", "failed", "skipped")
 

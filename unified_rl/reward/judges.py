@@ -17,6 +17,7 @@ from unified_rl.config import RunConfig
 from unified_rl.ledger import Run
 from unified_rl.records import RewardRecord, RolloutRecord
 from unified_rl.reward.gvu import GvuScore, gvu_scores
+from unified_rl.reward.srum import SrumJudge, record_fields
 from unified_rl.runtime import Ranks
 
 
@@ -30,6 +31,7 @@ class Verdict:
     reason: str = ""
     tokens: list[str] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    regions: list[dict] = field(default_factory=list)
 
 
 class Judges:
@@ -42,10 +44,14 @@ class Judges:
         if run.config.reward.judge == "live":
             policy, _ = run.current_policy(iteration)
             self.live = load_backbone(run.config.backbone, ranks.local_rank, policy) if policy else self.base
+        self.srum: SrumJudge | None = None
+        if run.config.reward.method == "srum":
+            judge = self.live or self.base
+            self.srum = SrumJudge(judge, run.config.reward.srum, judge.grid, judge.device)
 
     def score(self, rollouts: list[RolloutRecord]) -> list[RewardRecord]:
         """Reward records of rollouts that share their sampling settings."""
-        verdicts = self._gvu(rollouts)
+        verdicts = self._srum(rollouts) if self.srum else self._gvu(rollouts)
         if self.config.policy.update == "grpo":
             add_reference(verdicts, reference_tensors(self.base, rollouts))
         return [
@@ -64,6 +70,16 @@ class Judges:
         frozen = gvu_scores(self.base, images, prompts, question)
         live = gvu_scores(self.live, images, prompts, question) if self.live else [None] * len(rollouts)
         return [gvu_verdict(self.config.reward.domain, *scores) for scores in zip(frozen, live, strict=True)]
+
+    def _srum(self, rollouts: list[RolloutRecord]) -> list[Verdict]:
+        prompts = [r.prompt for r in rollouts]
+        scores = self.srum.score(
+            [r.image for r in rollouts],
+            [p.text for p in prompts],
+            [p.prompt_id for p in prompts],
+            [r.seed for r in rollouts],
+        )
+        return [Verdict(**record_fields(score)) for score in scores]
 
 
 def gvu_verdict(domain: str, frozen: GvuScore, live: GvuScore | None) -> Verdict:

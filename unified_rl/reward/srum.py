@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from unified_rl.config import SrumConfig
 from unified_rl.records import MAX_REGION_TEXT, MAX_REGIONS
 from unified_rl.reward.regions import (
     REGION_RULES,
@@ -31,78 +32,15 @@ from unified_rl.reward.regions import (
 )
 from unified_rl.reward.reward_map import MAP_RULES, RewardMap, is_left_out, reward_map
 from unified_rl.reward.srum_parse import JudgeScore, ParseFailure, parse_global, parse_regions
-from unified_rl.reward.srum_prompts import THINK_INSTRUCTION, WORDINGS, global_question, local_question
+from unified_rl.reward.srum_prompts import THINK_INSTRUCTION, global_question, local_question
 
 if TYPE_CHECKING:
     from unified_rl.backbones.base import TextTraj
 
-REGION_SOURCES = ("grid", "components", "sam", "file")
 MAX_REPLY_CHARACTERS = 2000  # of a reply that is kept, from its end, where the answer stands
 QUOTED_CHARACTERS = 80  # of a reply in the reason of a failure
 
 Results = dict[int, JudgeScore | ParseFailure]
-
-
-@dataclass(frozen=True)
-class SrumSettings:
-    """How images are judged and their maps painted.
-
-    Attributes:
-        regions: where boxes come from. `grid`: cells of `grid_rows` x `grid_columns`. `components`: areas of similar
-            colour. `sam`: Segment Anything. `file`: the user's, by prompt id. The rules of the preset rank and filter
-            what components and SAM propose; cells and given boxes are all judged.
-        boxes_file: see `regions.load_boxes`; only with `file`.
-        sam_path: checkpoint folder, see `sam.SamProposer`; only with `sam`.
-        preset: `srum` (the paper) or `srum_release` (the published code): see `REGION_RULES`, `MAP_RULES` and
-            `SrumJudge`.
-        wording, with_reason: see `srum_prompts`.
-        max_new_tokens_global, max_new_tokens_local: longest reply to either question, its plan included.
-        retries: further attempts at a reply that could not be read, or not for all regions.
-        retry_temperature: of those attempts.
-        think: let the judge plan before it answers, as `think_instruction` (a system prompt) tells it to.
-        use_global: False asks no question about the whole image: alpha is 1.
-        use_local: False asks no question about regions: R is 1 everywhere. With neither, training on the map is plain
-            training on the model's own images.
-    """
-
-    regions: str = "grid"
-    grid_rows: int = 2
-    grid_columns: int = 2
-    boxes_file: str = ""
-    sam_path: str = ""
-    preset: str = "srum"
-    wording: str = "full"
-    with_reason: bool = True
-    max_new_tokens_global: int = 1024
-    max_new_tokens_local: int = 4096
-    retries: int = 4
-    retry_temperature: float = 0.7
-    think: bool = False
-    think_instruction: str = THINK_INSTRUCTION
-    use_global: bool = True
-    use_local: bool = True
-
-    def __post_init__(self) -> None:
-        for name, choices in (("regions", REGION_SOURCES), ("preset", tuple(MAP_RULES)), ("wording", WORDINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name, least in (
-            ("grid_rows", 1), ("grid_columns", 1), ("max_new_tokens_global", 1), ("max_new_tokens_local", 1),
-            ("retries", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)!r}")
-        if self.regions == "grid" and self.grid_rows * self.grid_columns > MAX_REGIONS:
-            raise ValueError(f"a grid of {self.grid_rows} x {self.grid_columns} has more than {MAX_REGIONS} cells")
-        for name, source in (("boxes_file", "file"), ("sam_path", "sam")):
-            if bool(getattr(self, name)) != (self.regions == source):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r} with regions={self.regions}: {source} needs it alone"
-                )
-        if not (math.isfinite(self.retry_temperature) and self.retry_temperature > 0):
-            raise ValueError(f"retry_temperature must be a number above 0, not {self.retry_temperature!r}")
-        if self.think and not self.think_instruction.strip():
-            raise ValueError("think needs a think_instruction")
 
 
 @dataclass(frozen=True)
@@ -203,7 +141,7 @@ class SrumJudge:
     """
 
     def __init__(
-        self, backbone: Judge, settings: SrumSettings, grid: tuple[int, int], device: torch.device | str = "cpu"
+        self, backbone: Judge, settings: SrumConfig, grid: tuple[int, int], device: torch.device | str = "cpu"
     ) -> None:
         self.backbone = backbone
         self.settings = settings
@@ -284,7 +222,7 @@ class SrumJudge:
                 [attempt_seed(q.seed, name, attempt) for q in still],
                 max_new_tokens,
                 settings.retry_temperature if attempt else 0.0,
-                system=settings.think_instruction if settings.think else "",
+                system=(settings.think_instruction or THINK_INSTRUCTION) if settings.think else "",
             )
             cut = truncated_rows(replies, max_new_tokens, self.backbone.tokenizer.eos_token_id)
             for question, reply, truncated in zip(still, replies.texts, cut, strict=True):
