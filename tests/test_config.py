@@ -126,7 +126,7 @@ def test_a_wrong_type_names_the_key(override: str) -> None:
         ("train.learning_rate=-1", "train.learning_rate=-1.0 must be above 0"),
         ("policy.clip_low=1", "policy.clip_low=1.0 must be below 1"),
         ("reward.max_failed_share=1.5", "reward.max_failed_share=1.5 must lie in 0..1"),
-        ("policy.control=constant", "policy.control=constant is a control of policy.update=reward_weighted"),
+        ("policy.control=constant", "policy.control=constant is a control of policy.objective=reward_weighted"),
         ("rollout.think=true", "janus cannot draw from a written plan"),
         ("reward.srum.regions=boxes", "reward.srum.regions=boxes is not one of grid, components, sam, file"),
         ("reward.srum.regions=sam", "reward.srum.sam_path='' and reward.srum.regions=sam do not fit"),
@@ -249,7 +249,7 @@ def test_flows_need_noise_for_grpo_and_know_no_temperature() -> None:
         resolve("gvu", [*flow, "rollout.flow.eta=0"])
     with pytest.raises(ConfigError, match="rollout.temperature=0.9: bagel has none"):
         resolve("gvu", [*flow, "rollout.temperature=0.9"])
-    resolve("gvu", [*flow, "rollout.flow.eta=0", "policy.update=reward_weighted"])
+    resolve("gvu", [*flow, "rollout.flow.eta=0", "policy.objective=reward_weighted"])
 
 
 def test_nothing_behind_the_equals_sign_is_the_empty_text() -> None:

@@ -116,7 +116,7 @@ class RewardConfig:
 class PolicyConfig:
     """The update: GRPO on the decisions that drew the images, or the images' own loss weighted by their reward."""
 
-    update: str = "grpo"  # grpo | reward_weighted
+    objective: str = "grpo"  # grpo | reward_weighted
     std_eps: float = 1.0e-8
     min_std: float = 1.0e-6  # a group whose rewards spread less carries no signal and is skipped
     clip_low: float = 0.2
@@ -203,7 +203,7 @@ CHOICES = {
     "reward.judge": ("frozen", "live"),
     "reward.domain": ("probability", "log"),
     "rollout.flow.renorm": ("global", "channel", "none"),
-    "policy.update": ("grpo", "reward_weighted"),
+    "policy.objective": ("grpo", "reward_weighted"),
     "policy.control": ("none", "shuffled", "constant"),
     "train.scope": ("lora", "full"),
     "train.old_log_probs": ("rollout", "recomputed"),
@@ -352,11 +352,11 @@ def validate(config: DictConfig) -> RunConfig:
 
 def _check_combinations(config: DictConfig) -> None:
     """Settings that are possible one by one, but not together."""
-    grpo, groups = config.policy.update == "grpo", config.rollout.group_size
+    grpo, groups = config.policy.objective == "grpo", config.rollout.group_size
     if groups < 2 and (grpo or config.reward.method == "gvu"):
         raise ConfigError(f"rollout.group_size={groups} must be at least 2: rewards are compared within a group")
     if grpo and config.policy.control == "constant":
-        raise ConfigError("policy.control=constant is a control of policy.update=reward_weighted")
+        raise ConfigError("policy.control=constant is a control of policy.objective=reward_weighted")
     srum = config.reward.srum
     for key, source in (("boxes_file", "file"), ("sam_path", "sam")):
         if bool(srum[key]) != (srum.regions == source):
@@ -373,7 +373,9 @@ def _check_combinations(config: DictConfig) -> None:
     if config.rollout.temperature != 1:
         raise ConfigError(f"rollout.temperature={config.rollout.temperature}: {config.backbone.family} has none, set 1")
     if grpo and not config.rollout.flow.eta > 0:
-        raise ConfigError("rollout.flow.eta=0 draws by the ODE, which policy.update=grpo cannot train; set it above 0")
+        raise ConfigError(
+            "rollout.flow.eta=0 draws by the ODE, which policy.objective=grpo cannot train; set it above 0"
+        )
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -44,7 +44,7 @@ class Engine:
 
 def weighted(samples: list[Sample], *overrides: str, number: int = 0) -> tuple[torch.Tensor, dict, Engine]:
     engine = Engine(CELLS[: len(samples)].clone().requires_grad_())
-    config = config_with("policy.update=reward_weighted", *overrides)
+    config = config_with("policy.objective=reward_weighted", *overrides)
     update = RewardWeightedUpdate(engine, data_of(*samples), config, CPU)
     return *update(range(len(samples)), number), engine
 

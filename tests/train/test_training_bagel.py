@@ -19,7 +19,7 @@ from unified_rl.train.export import export_checkpoint
 
 UPDATES = {
     "grpo": ["policy.steps_per_update=3"],
-    "weighted": ["policy.update=reward_weighted", "rollout.flow.eta=0", "policy.hidden_prompts=0.2"],
+    "weighted": ["policy.objective=reward_weighted", "rollout.flow.eta=0", "policy.hidden_prompts=0.2"],
 }
 
 

@@ -52,7 +52,7 @@ class Judges:
     def score(self, rollouts: list[RolloutRecord]) -> list[RewardRecord]:
         """Reward records of rollouts that share their sampling settings."""
         verdicts = self._srum(rollouts) if self.srum else self._gvu(rollouts)
-        if self.config.policy.update == "grpo":
+        if self.config.policy.objective == "grpo":
             add_reference(verdicts, reference_tensors(self.base, rollouts))
         return [
             RewardRecord(

@@ -126,7 +126,7 @@ def join(rollout: RolloutRecord, reward: RewardRecord, policy: PolicyConfig) -> 
         TrainError: the records lack what the update needs, naming the sample.
     """
     reference = None
-    if policy.update == "grpo":
+    if policy.objective == "grpo":
         decisions = rollout.tensors.get("log_probs")
         if decisions is None:
             raise TrainError(f"sample {rollout.key} was drawn without decisions; GRPO needs rollout.flow.eta above 0")
@@ -135,7 +135,7 @@ def join(rollout: RolloutRecord, reward: RewardRecord, policy: PolicyConfig) -> 
         if found != len(decisions):
             raise TrainError(f"sample {rollout.key}: {len(decisions)} actions but {found} reference log-probs")
     weights = None
-    if policy.update == "reward_weighted" and "reward_map" in reward.tensors:
+    if policy.objective == "reward_weighted" and "reward_map" in reward.tensors:
         weights = reward.components["alpha"] * reward.tensors["reward_map"].flatten()
     return Sample(
         rollout.key,

@@ -201,7 +201,7 @@ def optimise(
 def make_updater(run: Run, ranks: Ranks, trainer: Trainer, data: IterationData) -> Updater:
     """The updater of the configured kind, for GRPO with the old log-probs that the configuration asks for."""
     config, engine, device = run.config, trainer.engine, trainer.device
-    if config.policy.update == "reward_weighted":
+    if config.policy.objective == "reward_weighted":
         return Updater(RewardWeightedUpdate(engine, data, config, device), ranks)
     sampling = trainer.backbone.sampling_type.from_dict(data.sampling)
     old = [sample.tensors["log_probs"] for sample in data.samples]
