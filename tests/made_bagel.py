@@ -98,7 +98,7 @@ def random_model(vocabulary: int) -> object:
                 parameter.data += 0.2 * torch.randn_like(parameter)
             elif parameter.ndim > 1 and name.startswith(("language_model.model.layers", "time_embedder", "vae2llm")):
                 parameter.data *= 2
-        model.language_model.lm_head.weight.data *= 3
+        model.language_model.lm_head.weight.data *= 6
         model.llm2vae.weight.data *= 3
     return model
 

@@ -52,8 +52,13 @@ class InputSettings:
             return cls()
         whole = JsonFile.read(file)
         whole.allow("vit", "drawn", "think")
+        if not isinstance(whole.values.get("vit", {}), dict):
+            raise BackboneError(f"{file}: vit must be an object, not {whole.values['vit']!r}")
         vit = whole.nested("vit")
         vit.allow("shortest", "longest")
+        shortest, longest = vit.integer("shortest", cls.shortest), vit.integer("longest", cls.longest)
+        if shortest > longest:
+            raise BackboneError(f"{file}: shortest {shortest} is above longest {longest}")
         drawn = whole.values.get("drawn", cls.drawn)
         if not isinstance(drawn, list | tuple) or len(drawn) != 2:
             raise BackboneError(f"{file}: drawn must be [height, width], not {drawn!r}")
@@ -61,12 +66,7 @@ class InputSettings:
         think = whole.values.get("think", THINK)
         if not isinstance(think, str):
             raise BackboneError(f"{file}: think must be a text, not {think!r}")
-        return cls(
-            vit.integer("shortest", cls.shortest),
-            vit.integer("longest", cls.longest),
-            (sides.integer("drawn[0]"), sides.integer("drawn[1]")),
-            think,
-        )
+        return cls(shortest, longest, (sides.integer("drawn[0]"), sides.integer("drawn[1]")), think)
 
 
 class BagelInputs:
