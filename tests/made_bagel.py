@@ -111,7 +111,7 @@ def build_random_bagel(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "config.json": {"model_type": "bagel", "vae_config": {"z_channels": model.config.latent_channels}},
-        "preprocessor_config.json": SETTINGS,
+        "unified_rl.json": SETTINGS,
         "llm_config.json": {
             "hidden_size": language.hidden,
             "intermediate_size": language.intermediate,

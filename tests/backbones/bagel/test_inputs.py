@@ -107,7 +107,7 @@ def test_without_a_file_the_settings_are_public(tmp_path):
 
 
 def test_settings_come_from_their_file(tmp_path):
-    file = tmp_path / "preprocessor_config.json"
+    file = tmp_path / "unified_rl.json"
     file.write_text(json.dumps({"vit": {"shortest": 16, "longest": 32}, "drawn": [32, 48], "think": "Plan it first."}))
     assert InputSettings.from_folder(tmp_path) == SMALL
     file.write_text(json.dumps({"vit": {"longest": 500}}))
@@ -128,8 +128,8 @@ def test_settings_come_from_their_file(tmp_path):
     ],
 )
 def test_unusable_settings_are_refused(tmp_path, values, said):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    with pytest.raises(BackboneError, match=f"preprocessor_config.json: {said}"):
+    (tmp_path / "unified_rl.json").write_text(json.dumps(values))
+    with pytest.raises(BackboneError, match=f"unified_rl.json: {said}"):
         InputSettings.from_folder(tmp_path)
 
 
@@ -137,8 +137,8 @@ def test_unusable_settings_are_refused(tmp_path, values, said):
 def test_drawn_sizes_must_fit_the_model(random_bagel_folder, tmp_path, drawn):
     for file in random_bagel_folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "preprocessor_config.json").unlink()
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"drawn": drawn}))
+    (tmp_path / "unified_rl.json").unlink()
+    (tmp_path / "unified_rl.json").write_text(json.dumps({"drawn": drawn}))
     with pytest.raises(BackboneError, match="multiples of 16 up to 80"):
         BagelBackbone.from_pretrained(tmp_path)
 

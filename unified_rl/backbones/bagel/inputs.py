@@ -15,12 +15,8 @@ from unified_rl.backbones.bagel.config import JsonFile
 from unified_rl.backbones.bagel.sequence import Picture, Segment, SpecialTokens, Text
 from unified_rl.backbones.base import BackboneError
 
-SETTINGS = "preprocessor_config.json"
-THINK = (
-    "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image"
-    " here"
-)
+SETTINGS = "unified_rl.json"
+THINK = "Plan the picture before you draw it, and write the plan between <think> and </think>."
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class InputSettings:
 
     @classmethod
     def from_folder(cls, folder: Path) -> InputSettings:
-        """From `preprocessor_config.json`, {"vit": {"shortest", "longest"}, "drawn": [height, width], "think"}.
+        """From `unified_rl.json`, {"vit": {"shortest", "longest"}, "drawn": [height, width], "think"}.
 
         Everything in it may be missing, and so may the file.
 
