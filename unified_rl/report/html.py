@@ -12,14 +12,17 @@ from unified_rl.evaluation.summary import stored_evidence
 from unified_rl.manifests import store
 from unified_rl.report.figures import Pair, picture_pairs
 from unified_rl.report.html_parts import Series, chart, escape, inline_image, mark, number, table, token_line
+from unified_rl.report.overlay import judged_line, judged_overlay
 from unified_rl.report.style import STYLE
 from unified_rl.report.tensorboard import zero_std_share
 from unified_rl.report.truth import (
     Group,
+    Judged,
     Sample,
     Truth,
     detector_accuracy,
     first_shard,
+    judged_ends,
     numbers,
     spread,
     widest_group,
@@ -27,6 +30,7 @@ from unified_rl.report.truth import (
 from unified_rl.runtime import format_seconds
 
 READ_ITERATIONS = 12
+LISTED_REGIONS = 12
 # Curves over optimiser steps: title, metrics shown together, how to read it.
 STEP_CURVES = (
     ("KL to the base policy", ("kl",), "Nats per image token. A steep rise means the policy leaves the base behind."),
@@ -155,26 +159,68 @@ def group_section(group: Group | None) -> str:
         f"<li>{inline_image(s.image, f'sample {i} of {group.prompt}', 64)}<small>A {s.advantage:+.2f}</small></li>"
         for i, s in enumerate(group.samples, 1)
     )
+    return section(
+        "One group, seen by the judge",
+        f"<p>Iteration {group.iteration}: <strong>{escape(group.prompt)}</strong>. The group of the first shard whose "
+        f"rewards spread most.</p>{token_legend() if group.samples[0].tokens else ''}"
+        f'<div class="samples">{cards}</div><p>All samples by advantage:</p><ul class="strip">{others}</ul>',
+    )
+
+
+def token_legend() -> str:
+    """How to read the colours of the prompt's pieces."""
     scale = "".join(
         f'<span class="tok l{i}">{text}</span>'
         for i, text in enumerate(("\u2265 .80", "\u2265 .50", "\u2265 .20", "\u2265 .05", "\u2265 .01", "&lt; .01"))
     )
-    return section(
-        "One group, seen by the judge",
-        f"<p>Iteration {group.iteration}: <strong>{escape(group.prompt)}</strong>. The group of the first shard whose "
-        "rewards spread most. Each piece of the prompt is coloured by how probable the judge finds it, given the image "
-        f'and the pieces before; the reward is their geometric mean.</p><p class="tokens">{scale}</p>'
-        f'<div class="samples">{cards}</div><p>All samples by advantage:</p><ul class="strip">{others}</ul>',
+    return (
+        "<p>Each piece of the prompt is coloured by how probable the judge finds it, given the image and the pieces "
+        f'before; the reward is their geometric mean.</p><p class="tokens">{scale}</p>'
     )
 
 
 def sample_card(name: str, sample: Sample, prompt: str) -> str:
     """One sample with its score and token likelihoods."""
+    tokens = token_line(sample.tokens, sample.token_log_probs) if sample.tokens else ""
     return (
         f'<article class="sample">{inline_image(sample.image, f"{name} sample of {prompt}")}<div><h3>{name}</h3>'
         f"<p>reward {sample.reward:.3f}, advantage {sample.advantage:+.2f} {mark(sample.correct)}</p>"
-        f"{token_line(sample.tokens, sample.token_log_probs)}</div></article>"
+        f"{tokens}</div></article>"
     )
+
+
+def judged_section(iteration: int, best: list[Judged], worst: list[Judged]) -> str:
+    """Images with their regions, the judge's scores and the reward maps made of them."""
+    if not best:
+        return ""
+    body = (
+        f"<p>Iteration {iteration}: the images of the first shard with the highest and the lowest reward. A region "
+        "that could not be read is dashed, and counts as background. The map on the right is what training weights the "
+        "cells of the image by, before the reference weight is added.</p>"
+    )
+    for title, judged in (("Highest reward", best), ("Lowest reward", worst)):
+        if judged:
+            body += f'<h3>{title}</h3><div class="overlays">{"".join(map(judged_card, judged))}</div>'
+    return section("Regions, seen by the judge", body)
+
+
+def judged_card(judged: Judged) -> str:
+    """One image with its overlay and what the judge named in its regions."""
+    overlay = judged_overlay(judged)
+    items = "".join(f"<li>{region_text(region)}</li>" for region in judged.score.regions[:LISTED_REGIONS])
+    more = len(judged.score.regions) - LISTED_REGIONS
+    return (
+        f'<article class="overlay"><h3>{escape(judged.prompt)}</h3><p>{judged_line(judged)} {mark(judged.correct)}</p>'
+        f"{inline_image(overlay, f'{judged.prompt}: image, regions and reward map', max(overlay.shape))}"
+        f"<ol>{items}</ol>" + (f"<p>and {more} regions more</p>" if more > 0 else "") + "</article>"
+    )
+
+
+def region_text(region: dict) -> str:
+    """What the judge named in a region, its score and its reason."""
+    score = "not read" if region["score"] is None else f"{region['score']:+.2f}"
+    reason = f"<small>{escape(region['reason'])}</small>" if region["reason"] else ""
+    return f"{escape(region['object'])} <strong>{score}</strong> {reason}"
 
 
 def work_section(truth: Truth) -> str:
@@ -216,7 +262,7 @@ def section(title: str, body: str) -> str:
 def render(truth: Truth) -> str:
     """The whole page."""
     scored = [k for k in truth.iterations("reward") if (k, "rollout") in truth.manifests]
-    accuracies, group = [], None
+    accuracies, group, judged = [], None, ""
     for iteration in spread(scored, READ_ITERATIONS):
         rollouts, rewards = first_shard(truth, iteration)
         accuracy = detector_accuracy(rollouts)
@@ -224,6 +270,7 @@ def render(truth: Truth) -> str:
             accuracies.append((float(iteration), accuracy))
         if iteration == scored[-1]:
             group = widest_group(truth, iteration, rollouts, rewards)
+            judged = judged_section(iteration, *judged_ends(rollouts, rewards))
     config = truth.config
     name = truth.run.path.resolve().name
     done = len(truth.iterations("train"))
@@ -237,7 +284,7 @@ def render(truth: Truth) -> str:
         title=escape(f"Run {name}"), facts=escape(facts), style=STYLE,
         body="".join((
             comparison_section(truth), pictures_section(picture_pairs(truth)), learning_section(truth, accuracies),
-            group_section(group), optimisation_section(truth), work_section(truth),
+            judged, group_section(group), optimisation_section(truth), work_section(truth),
         )),
         config=escape(to_yaml(config)),
     )  # fmt: skip

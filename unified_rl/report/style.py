@@ -17,7 +17,8 @@ header p, small, figcaption, .legend, section > p, .chart p { color: var(--muted
 small { font-size: .82em; }
 main { padding-bottom: 3rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .8rem; margin: 0 0 1.2rem; }
-.card, .pair, .sample, .chart { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
+.card, .pair, .sample, .chart, .overlay { background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; }
 .card { padding: .7rem .9rem; }
 .card dt { color: var(--muted); font-size: .85rem; }
 .card dd { margin: 0; font-size: 1.35rem; font-weight: 650; white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -64,6 +65,11 @@ svg .grid { stroke: var(--grid); }
 .l5 { background: #d7583c; color: #000; }
 .strip { list-style: none; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .6rem; }
 .strip small { display: block; text-align: center; }
+.overlays { display: grid; gap: .9rem; margin-bottom: 1.2rem; }
+.overlay { padding: .9rem; } .overlay > p { margin: 0 0 .5rem; font-size: .9rem; }
+.overlay img { image-rendering: auto; border: 0; }
+.overlay ol { margin: .6rem 0 0; padding-left: 1.6rem; display: grid; gap: 0 1.2rem; font-size: .9rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
 meter { width: 6rem; vertical-align: middle; }
 pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem;
   font-size: .85rem; line-height: 1.4; }
@@ -73,5 +79,5 @@ summary { cursor: pointer; }
 @media (max-width: 40rem) { td small { display: block; } td .own { display: none; } tbody th { white-space: normal; }
   th, td { padding-left: .35rem; padding-right: .35rem; }
   .pair img, .sample img { width: 100%; } .sample img { width: 7rem; } }
-@media print { .card, .pair, .sample, .chart { break-inside: avoid; } }
+@media print { .card, .pair, .sample, .chart, .overlay { break-inside: avoid; } }
 """

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unified_rl.report.figures import evaluation_grid, group_strips, group_view
+from unified_rl.report.overlay import overlay_sheet
 from unified_rl.report.truth import (
     Truth,
     detector_accuracy,
     first_shard,
+    judged_ends,
     numbers,
     read_truth,
     spread,
+    srum_means,
     widest_group,
 )
 from unified_rl.runtime import EXIT_OK, run_stage
@@ -80,7 +83,7 @@ def write_scalars(writer: SummaryWriter, truth: Truth) -> None:
 
 
 def write_pictures(writer: SummaryWriter, truth: Truth) -> None:
-    """Image grids of evaluations; group view and token strips of a few evenly spaced iterations."""
+    """Image grids of evaluations; of a few evenly spaced iterations what the first shard shows of the judge."""
     for iteration in spread(sorted(truth.scores), PICTURED_ITERATIONS):
         writer.add_image(
             "evaluation/fixed_prompts",
@@ -97,7 +100,13 @@ def write_pictures(writer: SummaryWriter, truth: Truth) -> None:
         group = widest_group(truth, iteration, rollouts, rewards)
         if group is not None:
             writer.add_image("group/by_advantage", pixels(group_view(group)), iteration, dataformats="HWC")
-            writer.add_image("group/token_likelihood", pixels(group_strips(group)), iteration, dataformats="HWC")
+            if group.samples[0].tokens:
+                writer.add_image("group/token_likelihood", pixels(group_strips(group)), iteration, dataformats="HWC")
+        for tag, mean in srum_means(rewards).items():
+            writer.add_scalar(tag, mean, iteration)
+        for name, judged in zip(("best", "worst"), judged_ends(rollouts, rewards), strict=True):
+            if judged:
+                writer.add_image(f"srum/{name}", pixels(overlay_sheet(judged)), iteration, dataformats="HWC")
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 STAGES = ("rollout", "reward", "train")
 PICTURED_PROMPTS = 12
+JUDGED_EACH = 4  # best and worst images that are shown with their regions
+# Means over images of a reward record's components -> their tags.
+SRUM_MEANS = {
+    "global_score": "srum/global_score", "region_score_mean": "srum/region_score", "alpha": "srum/alpha",
+    "map_negative_share": "srum/negative_share", "attempts_global": "srum/attempts_global",
+    "attempts_local": "srum/attempts_local",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,10 @@ def numbers(row: dict) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a group with its score; `advantage` as in training, 0 in a group without spread."""
+    """One image of a group with its score; `advantage` as in training, 0 in a group without spread.
+
+    Methods that do not score the prompt's tokens have none.
+    """
 
     image: np.ndarray
     reward: float
@@ -119,6 +129,16 @@ class Group:
     iteration: int
     prompt: str
     samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One image with what the judge said of its regions."""
+
+    image: np.ndarray
+    prompt: str
+    correct: bool | None
+    score: RewardRecord
 
 
 def first_shard(truth: Truth, iteration: int) -> tuple[list[RolloutRecord], dict[str, RewardRecord]]:
@@ -148,11 +168,12 @@ def _correct(rollout: RolloutRecord) -> bool | None:
 def widest_group(
     truth: Truth, iteration: int, rollouts: list[RolloutRecord], rewards: dict[str, RewardRecord]
 ) -> Group | None:
-    """The fully scored group whose rewards spread most; None when there is none."""
+    """The fully scored group of two images or more whose rewards spread most; None when there is none."""
     groups: dict[str, list[RolloutRecord]] = {}
     for record in rollouts:
         groups.setdefault(record.prompt.prompt_id, []).append(record)
-    scored = [g for g in groups.values() if all(r.key in rewards and rewards[r.key].status == "ok" for r in g)]
+    whole = [g for g in groups.values() if len(g) > 1]
+    scored = [g for g in whole if all(r.key in rewards and rewards[r.key].status == "ok" for r in g)]
     if not scored:
         return None
     widest = max(scored, key=lambda g: _deviation([rewards[r.key].reward for r in g]))
@@ -163,9 +184,38 @@ def widest_group(
     for record in widest:
         score = rewards[record.key]
         advantage = (score.reward - mean) / (deviation + policy.std_eps) if live else 0.0
-        log_probs = score.tensors["token_log_probs"].tolist()
+        log_probs = score.tensors["token_log_probs"].tolist() if score.tokens else []
         samples.append(Sample(record.image, score.reward, advantage, score.tokens, log_probs, _correct(record)))
     return Group(iteration, widest[0].prompt.text, sorted(samples, key=lambda s: -s.reward))
+
+
+def judged_ends(
+    rollouts: list[RolloutRecord], rewards: dict[str, RewardRecord], each: int = JUDGED_EACH
+) -> tuple[list[Judged], list[Judged]]:
+    """Images whose regions were judged: the best from the best on, and the worst from the worst on; none in both."""
+    judged = [
+        Judged(r.image, r.prompt.text, _correct(r), rewards[r.key])
+        for r in rollouts
+        if r.key in rewards and rewards[r.key].status == "ok" and rewards[r.key].regions
+    ]
+    ranked = sorted(judged, key=lambda j: -j.score.reward)
+    return ranked[:each], ranked[each:][::-1][:each]
+
+
+def srum_means(rewards: dict[str, RewardRecord]) -> dict[str, float]:
+    """Means of SRUM's components over the images that have them, by tag; empty for another method."""
+    records = list(rewards.values())
+    if not any("reward_map" in r.tensors for r in records):
+        return {}
+    means = {"srum/failed_share": sum(r.status == "failed" for r in records) / len(records)}
+    for name, tag in SRUM_MEANS.items():
+        values = [r.components[name] for r in records if name in r.components]
+        if values:
+            means[tag] = math.fsum(values) / len(values)
+    regions = [region for r in records for region in r.regions]
+    if regions:
+        means["srum/unread_region_share"] = sum(region["score"] is None for region in regions) / len(regions)
+    return means
 
 
 def _deviation(values: list[float]) -> float:

@@ -155,7 +155,7 @@ def load_boxes(path: Path) -> dict[str, UserBoxes]:
     """Boxes by prompt id from a JSONL file.
 
     A line is `{"prompt_id": "p1", "image_size": [HEIGHT, WIDTH], "boxes": [[x1, y1, x2, y2], ...]}`: boxes with
-    x1 < x2 and y1 < y2 inside a frame of that size. An empty list means that the image is judged as a whole only.
+    x1 < x2 and y1 < y2 inside a frame of that size. An empty list: no region is judged, so the whole map is background.
 
     Raises:
         RegionError: an unreadable file, or a line that is not like that; names file and line.
