@@ -36,6 +36,11 @@ STEP_CURVES = (
     ("KL to the base policy", ("kl",), "Nats per image token. A steep rise means the policy leaves the base behind."),
     ("Entropy of the image tokens", ("entropy",), "Nats per token. A fall towards 0 is collapse: all images alike."),
     ("Clip fraction", ("clip/low_fraction", "clip/high_fraction"), "Share of tokens whose gradient the bound stops."),
+    (
+        "Weights of the cells",
+        ("weighted/weight_min", "weighted/weight_mean", "weighted/weight_max"),
+        "Mean over the images of a step. All alike means that the reward does not tell cells apart.",
+    ),
     ("Gradient norm", ("grad_norm",), "Before clipping."),
     ("Largest deviation of the ratio from 1", ("ratio/max_deviation",), "Near 0 in the first step of an iteration."),
     ("Loss", ("policy/loss",), "Not a measure of progress: advantages have mean 0."),
