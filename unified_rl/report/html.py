@@ -128,13 +128,20 @@ def learning_section(truth: Truth, accuracies: list[tuple[float, float]]) -> str
         if "reward_mean" in truth.manifests[k, "reward"].extra
     ]
     held_out = {n: [(float(k), s[n]) for k, s in truth.scores.items() if n in s] for n in ("reward_mean", "overall")}
-    judge = f"{truth.config.reward.judge} judge"
-    charts = chart(
-        "Judge's reward", "weights after iteration", [
-            Series("held-out prompts, frozen judge", held_out["reward_mean"]),
-            Series(f"training prompts, {judge}", training),
-        ], "What training maximises.",
-    )  # fmt: skip
+    series = [
+        Series("held-out prompts, frozen judge", held_out["reward_mean"]),
+        Series(f"training prompts, {truth.config.reward.judge} judge", training),
+    ]
+    if truth.config.reward.method == "gvu":
+        charts = chart("Judge's reward", "weights after iteration", series, "What training maximises.")
+    else:  # evaluation measures every method by the same likelihood, which is not on the scale of the reward
+        charts = chart(
+            "Judge's reward", "weights after iteration", series[1:], "Mean of the training images; -1..1 for SRUM."
+        )
+        charts += chart(
+            "Likelihood of held-out prompts", "weights after iteration", series[:1],
+            "How probable the judge finds the prompt, given the image. Not part of this method's reward.",
+        )  # fmt: skip
     charts += chart(
         "Detector accuracy", "weights after iteration", [
             Series("held-out prompts", held_out["overall"]),

@@ -127,9 +127,9 @@ def regions_panel(
     panel = shown.copy()
     draw = ImageDraw.Draw(panel)
     down, across = shown.height / size[0], shown.width / size[1]
-    places = [
-        (round(b[0] * across), round(b[1] * down), round(b[2] * across) - 1, round(b[3] * down) - 1) for b in boxes
-    ]
+    corners = [(round(b[0] * across), round(b[1] * down), round(b[2] * across), round(b[3] * down)) for b in boxes]
+    # PIL's corners belong to the frame; a box that is less than a pixel here still gets one.
+    places = [(x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)) for x1, y1, x2, y2 in corners]
     # Large before small, so that a small box inside a large one stays visible.
     order = sorted(range(len(boxes)), key=lambda i: -(places[i][2] - places[i][0]) * (places[i][3] - places[i][1]))
     for i in order:

@@ -168,7 +168,12 @@ def _correct(rollout: RolloutRecord) -> bool | None:
 def widest_group(
     truth: Truth, iteration: int, rollouts: list[RolloutRecord], rewards: dict[str, RewardRecord]
 ) -> Group | None:
-    """The fully scored group of two images or more whose rewards spread most; None when there is none."""
+    """The fully scored group of two images or more whose rewards spread most.
+
+    None when there is none, or when training does not compare images because each is weighted by a map of its own.
+    """
+    if truth.config.policy.objective == "reward_weighted" and any("reward_map" in r.tensors for r in rewards.values()):
+        return None
     groups: dict[str, list[RolloutRecord]] = {}
     for record in rollouts:
         groups.setdefault(record.prompt.prompt_id, []).append(record)
@@ -192,14 +197,27 @@ def widest_group(
 def judged_ends(
     rollouts: list[RolloutRecord], rewards: dict[str, RewardRecord], each: int = JUDGED_EACH
 ) -> tuple[list[Judged], list[Judged]]:
-    """Images whose regions were judged: the best from the best on, and the worst from the worst on; none in both."""
+    """Images whose regions were judged: the best from the best on, and the worst from the worst on.
+
+    At most one image of a prompt in either, and none in both.
+    """
     judged = [
         Judged(r.image, r.prompt.text, _correct(r), rewards[r.key])
         for r in rollouts
         if r.key in rewards and rewards[r.key].status == "ok" and rewards[r.key].regions
     ]
     ranked = sorted(judged, key=lambda j: -j.score.reward)
-    return ranked[:each], ranked[each:][::-1][:each]
+    best = _one_a_prompt(ranked)[:each]
+    shown = {j.score.key for j in best}
+    worst = _one_a_prompt([j for j in reversed(ranked) if j.score.key not in shown])[:each]
+    return best, worst
+
+
+def _one_a_prompt(judged: list[Judged]) -> list[Judged]:
+    first: dict[str, Judged] = {}
+    for item in judged:
+        first.setdefault(item.score.prompt_id, item)
+    return list(first.values())
 
 
 def srum_means(rewards: dict[str, RewardRecord]) -> dict[str, float]:
