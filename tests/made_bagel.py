@@ -100,6 +100,8 @@ def random_model(vocabulary: int) -> object:
                 parameter.data *= 2
         model.language_model.lm_head.weight.data *= 6
         model.llm2vae.weight.data *= 3
+        for layer in (model.connector.fc1, model.connector.fc2):
+            layer.weight.data *= 5  # what is seen matters as much as what is asked
     return model
 
 
@@ -133,6 +135,7 @@ def build_random_bagel(folder: Path) -> None:
     save_file(model.state_dict(), folder / "ema.safetensors")
     generator = torch.Generator().manual_seed(0)
     shapes = vae_shapes(channels=(32, 32, 32, 32), latent=model.config.latent_channels)
-    vae = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    vae = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+    vae["decoder.conv_out.weight"] *= 3  # contrast
     save_file(vae, folder / "ae.safetensors")
     tokenizer.save_pretrained(folder)

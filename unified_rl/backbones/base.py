@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from unified_rl.runtime import StageError
@@ -50,6 +51,20 @@ def _listed(problem: str, names: Iterable[str]) -> list[str]:
         return []
     more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
     return [f"{problem}: {', '.join(ordered[:SHOWN])}{more}"]
+
+
+def check_picture(image: object, row: int) -> None:
+    """Raise when `image`, that of a batch's `row`, is not a uint8 [H, W, 3] array."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
+        raise BackboneError(f"image {row} must be a uint8 [H, W, 3] array, not {found}")
+
+
+def check_text(text: str, control: Iterable[str]) -> None:
+    """Raise when `text` would be read as one of the `control` tokens, which would silently change the conversation."""
+    for token in control:
+        if token in text:
+            raise BackboneError(f"the text {text!r} contains the control token {token!r}; remove it")
 
 
 class ReplaySettings:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import JanusProcessor
 
-from unified_rl.backbones.base import BackboneError
+from unified_rl.backbones.base import BackboneError, check_picture, check_text
 
 
 class JanusInputs:
@@ -50,10 +50,8 @@ class JanusInputs:
         return self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
 
     def check_text(self, text: str) -> None:
-        """Raise when `text` would be read as control tokens, which would silently change the conversation."""
-        for token in self.tokenizer.all_special_tokens:
-            if token in text:
-                raise BackboneError(f"the text {text!r} contains the control token {token!r}; remove it")
+        """Raise when `text` contains control tokens."""
+        check_text(text, self.tokenizer.all_special_tokens)
 
     def _processed(self, texts: list[str], **kwargs: object) -> dict[str, torch.Tensor]:
         bos = self.tokenizer.bos_token
@@ -117,7 +115,5 @@ class JanusInputs:
 
 
 def _picture(image: np.ndarray, row: int) -> Image.Image:
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
-        raise BackboneError(f"image {row} must be a uint8 [H, W, 3] array, not {found}")
+    check_picture(image, row)
     return Image.fromarray(image)

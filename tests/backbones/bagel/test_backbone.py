@@ -12,7 +12,7 @@ from unified_rl.backbones.bagel.context import Context
 from unified_rl.backbones.bagel.flow import FlowSampling
 from unified_rl.backbones.bagel.sequence import Text, pack
 from unified_rl.backbones.bagel.writing import sample_text, score_text
-from unified_rl.backbones.base import BackboneError, FlowTraj, stack_trajectories
+from unified_rl.backbones.base import BackboneError, FlowTraj, check_text, stack_trajectories
 
 PROMPTS = ["a red circle", "two rings left of a blue square"]
 SEEDS = [5, 2**62, 7, 8, 9, 10]
@@ -239,7 +239,7 @@ def test_plans_belong_to_their_seeds(backbone):
     assert plans[1] == backbone.write_plans(PROMPTS[1:], [2], 8, 1.0)[0]
     assert plans[0] != plans[2]
     for plan in plans:
-        backbone.inputs.check_text(plan)
+        check_text(plan, backbone.inputs.control)
 
 
 # ---- text ---------------------------------------------------------------------------------------------------------

@@ -183,3 +183,11 @@ def test_a_tokenizer_in_the_public_layout_gives_the_same_tokens(random_bagel_fol
     for text in ("a red circle", "What is it? yes", "two rings left of a blue square"):
         tokens = [b.tokenizer.convert_ids_to_tokens(b.inputs.ids(text)) for b in (public, usual)]
         assert tokens[0] == tokens[1]
+
+
+def test_a_folder_without_a_tokenizer_is_refused(random_bagel_folder, tmp_path):
+    for file in random_bagel_folder.iterdir():
+        if not file.name.startswith("tokenizer"):
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(BackboneError, match="has no tokenizer"):
+        BagelBackbone.from_pretrained(tmp_path)

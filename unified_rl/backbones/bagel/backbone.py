@@ -20,7 +20,7 @@ from unified_rl.backbones.bagel import loading
 from unified_rl.backbones.bagel.context import Context
 from unified_rl.backbones.bagel.drawing import Painter
 from unified_rl.backbones.bagel.flow import FlowSampling, Gaussian
-from unified_rl.backbones.bagel.inputs import BagelInputs, InputSettings
+from unified_rl.backbones.bagel.inputs import SETTINGS, BagelInputs, InputSettings
 from unified_rl.backbones.bagel.model import BagelModel
 from unified_rl.backbones.bagel.sequence import Segment, pack, unpatchify
 from unified_rl.backbones.bagel.vae import FluxVae
@@ -89,10 +89,8 @@ class BagelBackbone(TrainedWeights):
         """
         folder, device = Path(path), torch.device(device)
         model = loading.load_model(folder, dtype, device, attn_implementation, ds_config)
-        # An empty configuration: transformers knows no BAGEL, and would read what it does not understand.
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), local_files_only=True)
         vae = FluxVae.from_folder(folder, device)
-        return cls(model, vae, tokenizer, InputSettings.from_folder(folder), device, str(folder))
+        return cls(model, vae, _tokenizer(folder), InputSettings.from_folder(folder), device, str(folder))
 
     # ---- what is trained ------------------------------------------------------------------------------------------
 
@@ -292,6 +290,14 @@ class BagelBackbone(TrainedWeights):
         return TextTraj(*sampled, texts=self.inputs.texts(sampled[0]))
 
 
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        # An empty configuration: transformers knows no BAGEL, and would read what it does not understand.
+        return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{folder} has no tokenizer that can be read: {error}") from None
+
+
 def _grid(model: BagelModel, vae: FluxVae, settings: InputSettings) -> tuple[int, int]:
     """Rows and columns of latent tokens of a drawn image."""
     config = model.config
@@ -302,6 +308,6 @@ def _grid(model: BagelModel, vae: FluxVae, settings: InputSettings) -> tuple[int
     if height % pixels or width % pixels or max(height, width) > pixels * config.latent_side:
         raise BackboneError(
             f"drawn images of {height} x {width} pixels: sides must be multiples of {pixels} up to"
-            f" {pixels * config.latent_side}"
+            f" {pixels * config.latent_side}; set `drawn` in {SETTINGS}"
         )
     return height // pixels, width // pixels

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unified_rl.backbones.bagel.config import JsonFile
 from unified_rl.backbones.bagel.sequence import Picture, Segment, SpecialTokens, Text
-from unified_rl.backbones.base import BackboneError
+from unified_rl.backbones.base import BackboneError, check_picture, check_text
 
 SETTINGS = "unified_rl.json"
 THINK = "Plan the picture before you draw it, and write the plan between <think> and </think>."
@@ -90,15 +90,9 @@ class BagelInputs:
         self.special = SpecialTokens.of(tokenizer.get_vocab())
         self.control = control_tokens(tokenizer, self.special)
 
-    def check_text(self, text: str) -> None:
-        """Raise when `text` would be read as control tokens, which would silently change the conversation."""
-        for token in self.control:
-            if token in text:
-                raise BackboneError(f"the text {text!r} contains the control token {token!r}; remove it")
-
     def ids(self, text: str) -> list[int]:
         """Token ids of a text without control tokens."""
-        self.check_text(text)
+        check_text(text, self.control)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def whole(self, text: str) -> Text:
@@ -129,9 +123,7 @@ class BagelInputs:
 
     def picture(self, image: np.ndarray, row: int = 0) -> Picture:
         """A uint8 [H, W, 3] image at a size that the vision tower takes; `row` is for messages."""
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
-            raise BackboneError(f"image {row} must be a uint8 [H, W, 3] array, not {found}")
+        check_picture(image, row)
         height, width = self.fitting_size(*image.shape[:2])
         if (height, width) != image.shape[:2]:
             image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
