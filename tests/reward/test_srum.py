@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from unified_rl.backbones.base import TextTraj
-from unified_rl.config import SrumConfig
+from unified_rl.config import CHOICES, SrumConfig
 from unified_rl.records import RewardRecord
 from unified_rl.reward import srum
-from unified_rl.reward.regions import Region, RegionError
+from unified_rl.reward.regions import REGION_RULES, Region, RegionError
+from unified_rl.reward.reward_map import MAP_RULES
 from unified_rl.reward.srum import SrumJudge, attempt_seed, record_fields
 from unified_rl.reward.srum_parse import JudgeScore, ParseFailure
-from unified_rl.reward.srum_prompts import THINK_INSTRUCTION, global_question, local_question
+from unified_rl.reward.srum_prompts import THINK_INSTRUCTION, WORDINGS, global_question, local_question
 
 END = 7
 BRIEF = SrumConfig(grid_rows=1, grid_columns=2, wording="brief", max_new_tokens_global=50, max_new_tokens_local=60)
@@ -428,6 +429,11 @@ def test_resampling_a_map_of_ones_stays_in_range():
 
 
 # Settings
+
+
+def test_configuration_offers_what_there_is():
+    assert CHOICES["reward.srum.preset"] == tuple(MAP_RULES) == tuple(REGION_RULES)
+    assert CHOICES["reward.srum.wording"] == WORDINGS
 
 
 def test_defaults_ask_as_often_and_as_long_as_the_release():
