@@ -133,6 +133,8 @@ def test_a_wrong_type_names_the_key(override: str) -> None:
         ("reward.srum.boxes_file=x", "reward.srum.boxes_file='x' and reward.srum.regions=grid do not fit"),
         ("reward.srum.grid_rows=200", "a grid of 200 x 2 has over 256 cells"),
         ("reward.srum.retries=-1", "reward.srum.retries=-1 must be at least 0"),
+        ("reward.srum.retry_temperature=inf", "reward.srum.retry_temperature=inf must be above 0 and finite"),
+        ("policy.reference_weight=nan", "policy.reference_weight=nan must be at least 0"),
         ("reward.judge=alive", "reward.judge=alive is not one of frozen, live"),
         ("train.scope=all", "train.scope=all is not one of lora, full"),
         ("backbone.dtype=float8", "backbone.dtype=float8 is not one of float32, bfloat16"),

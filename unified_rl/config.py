@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -335,12 +336,12 @@ def validate(config: DictConfig) -> RunConfig:
             raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}")
     for key, least in AT_LEAST.items():
         value = OmegaConf.select(config, key)
-        if value < least:
-            raise ConfigError(f"{key}={value} must be at least {least}")
+        if not least <= value < math.inf:
+            raise ConfigError(f"{key}={value} must be at least {least} and finite")
     for key in ABOVE_ZERO:
         value = OmegaConf.select(config, key)
-        if not value > 0:
-            raise ConfigError(f"{key}={value} must be above 0")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{key}={value} must be above 0 and finite")
     for key in ("reward.max_failed_share", "policy.hidden_prompts"):
         if not 0 <= OmegaConf.select(config, key) <= 1:
             raise ConfigError(f"{key}={OmegaConf.select(config, key)} must lie in 0..1")
