@@ -1,5 +1,6 @@
 """BAGEL under ZeRO-3 on two ranks, by both updates: what reads stays as it is, and nothing of it is stored."""
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from tests.train.test_training import distance, metrics_of, policy_bytes, weight
 from unified_rl.backbones.bagel.backbone import BagelBackbone
 from unified_rl.backbones.load import load_backbone
 from unified_rl.ledger import Run
-from unified_rl.runtime import EXIT_OK
+from unified_rl.runtime import EXIT_OK, sample_seed
+from unified_rl.train.batching import global_batches
 from unified_rl.train.checkpoints import folder_of, read_checkpoint
 from unified_rl.train.drawing import frozen_sha256
 from unified_rl.train.export import export_checkpoint
+from unified_rl.train.samples import load_iteration
 
 UPDATES = {
     "grpo": ["policy.steps_per_update=3"],
@@ -24,7 +27,7 @@ UPDATES = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory, random_janus_folder: Path) -> dict[str, Run]:
     """Each update for two iterations on two ranks, the second in a new start from the checkpoint of the first."""
     folder = tmp_path_factory.mktemp("bagel")
     build_random_bagel(folder / "checkpoint")
@@ -34,9 +37,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         )
         for name, overrides in UPDATES.items()
     }
+    runs["tokens"] = open_scored_run(folder / "tokens", random_janus_folder, "policy.objective=reward_weighted")
     runs["one"] = copy_run(runs["grpo"], folder / "one")
     assert train_with(1, folder / "codes", f"{runs['one'].path}:0") == [EXIT_OK]
-    assert train_with(2, folder / "codes", *(f"{runs[name].path}:0" for name in UPDATES)) == [EXIT_OK, EXIT_OK]
+    firsts = [f"{runs[name].path}:0" for name in (*UPDATES, "tokens")]
+    assert train_with(2, folder / "codes", *firsts) == [EXIT_OK, EXIT_OK, EXIT_OK]
     for name in UPDATES:
         draw_and_score(runs[name], 1)
     runs["again"] = copy_run(runs["weighted"], folder / "again")
@@ -65,6 +70,18 @@ def test_weighted_update_logs_its_terms_and_repeats_exactly(runs):
         assert row["policy/loss"] >= unfloored - 1e-6  # the floor lets go of cells, it pushes none
     assert metrics_of(runs["again"], 1) == metrics_of(runs["weighted"], 1)
     assert policy_bytes(runs["again"], 1) == policy_bytes(runs["weighted"], 1)
+
+
+def test_tokens_are_weighted_cell_by_cell_too(runs):
+    """The first step's reference loss is the plain cross-entropy of the drawn tokens under the base weights."""
+    run = runs["tokens"]
+    data = load_iteration(run, 0)
+    order = global_batches(range(len(data.groups)), 3, [sample_seed(run.config.seed, 0, "order", 0)])
+    samples = [data.samples[i] for group in order[0] for i in data.groups[group]]
+    drawn = [float(s.tensors["log_probs"].mean()) for s in samples]
+    assert metrics_of(run)[0]["weighted/reference_loss"] == pytest.approx(-statistics.fmean(drawn), rel=1e-5)
+    expected = [max(0.0, min(1.0, max(-1.0, s.advantage / 2)) + 0.5) * -d for s, d in zip(samples, drawn, strict=True)]
+    assert metrics_of(run)[0]["policy/loss"] == pytest.approx(statistics.fmean(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", UPDATES)
