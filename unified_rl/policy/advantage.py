@@ -1,4 +1,4 @@
-"""Advantages: relative to the group (GvU section 3.3; GRPO, arXiv 2402.03300) or to a baseline of each sample's kind."""
+"""Advantages relative to the group (GvU section 3.3; GRPO, arXiv 2402.03300) or to a baseline of the sample's kind."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def exact_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tens
 
 
 def k3_kl(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
-    """fp32 [B, T]: `exp(d) - d - 1` with d the reference's log-prob minus the policy's, of the tokens that were sampled.
+    """fp32 [B, T]: `exp(d) - d - 1`, d the reference's log-prob minus the policy's, of the tokens that were sampled.
 
     Never negative and in expectation the divergence, without logits of the whole vocabulary: for answers so long that
     `exact_kl` does not fit.

@@ -43,11 +43,11 @@ CANONICAL_WORDS = 5  # an answer in the form that is asked for has no more
 INSIDE = 0.8  # match of an answer that is inside the other
 NUMERIC_BANDS = ((0.01, 1.0), (0.05, 0.7), (0.20, 0.4))  # relative error up to, match
 
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _NUMBER_WORDS = {"none": 0} | {w: i for i, w in enumerate(_UNITS)} | {w: 10 * i for i, w in enumerate(_TENS, 2)}
 _NUMBER = re.compile(r"[$€£#]?(?P<value>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[%°]?")
 _STRAIGHT = str.maketrans("’‘“”−–", "''\"\"--")
@@ -56,10 +56,10 @@ _MARKS_BEHIND = re.compile(r"(?:[^\w%°+$€£]|_)+$")
 _ARTICLES = ("a", "an", "the")
 _TAG = re.compile(r"<\s*(?P<end>/?)\s*answer\s*>", re.IGNORECASE)
 _LABEL = re.compile(r"\banswer(?: is)? *[:=] *(?P<answer>[^\n]+)", re.IGNORECASE)
-_VAGUE = frozenset(
-    "unknown unclear unsure uncertain unreadable something someone object thing many several some few various "
-    "n/a maybe depends".split()
-)
+_VAGUE = {
+    "unknown", "unclear", "unsure", "uncertain", "unreadable", "something", "someone", "object", "thing", "many",
+    "several", "some", "few", "various", "n/a", "maybe", "depends",
+}  # fmt: skip
 _CANNOT_TELL = re.compile(
     r"(?:can ?not|can't|hard to|unable to|impossible to|do not|don't) *(?:tell|say|see|know|be)\b"
 )
@@ -209,7 +209,7 @@ def _spans(tail: str, max_words: int) -> tuple[list[tuple[int, int]], bool]:
     """Where answers stand in a reply, and whether the last one stands between an opening and a closing tag."""
     spans, closed = [], False
     tags = list(_TAG.finditer(tail))
-    for tag, following in zip(tags, [*tags[1:], None], strict=True):
+    for tag, following in zip(tags, [*tags, None][1:], strict=True):
         if tag["end"]:
             continue
         closed = following is not None and bool(following["end"])

@@ -45,7 +45,7 @@ def _variety(grey: torch.Tensor, colours: torch.Tensor, members: Sequence[int]) 
 
 
 def _grey(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """fp64 [L, L]: cosines of the pictures as grey values on a GREY_SIDE square. Black has no direction, so is apart."""
+    """fp64 [L, L]: cosines of the pictures as grey values on a square of GREY_SIDE. Black is unlike all."""
     rows = []
     for image in images:
         pixels = torch.from_numpy(np.ascontiguousarray(image)).double().mean(-1)[None, None]

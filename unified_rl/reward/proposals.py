@@ -1,7 +1,7 @@
 """The Proposer's replies: questions about a picture, and drawing tasks (a prompt with questions that check a drawing).
 
-Fields are read from labelled lines, markdown, lists, tags and JSON. What is read is never rewritten: the text that is
-rewarded is the text that was sampled. A reply that is not clear is `Skipped` with its reason.
+Fields are read from labelled lines, markdown, lists, tags and JSON. Markup is dropped and nothing else is rewritten: the
+text that is rewarded is the text that was sampled. A reply that is not clear is `Skipped` with its reason.
 """
 
 from __future__ import annotations
@@ -66,10 +66,15 @@ _NAMES = r"prompt|question|(?:expected[ _]?)?answer|expected"
 _JSON_FIELD = re.compile(rf'"(?P<label>{_NAMES})" *: *(?P<value>"(?:[^"\\\n]|\\.)*"?|-?[0-9.]+|true|false)', re.I)
 _TAG = re.compile(rf"<\s*(?P<end>/?)\s*(?P<label>{_NAMES})\s*>", re.I)
 _OTHER_TAG = re.compile(r"<[a-z/|｜][^<>\n]{0,80}>", re.I)
-_MID_LINE = re.compile(rf"(?<=\S)(?<!expected)[ \t|;,]+(?=[*_]*(?:{_NAMES})[ *_]*[0-9]{{0,2}}[*_]* *:)", re.I)
+# A label within a line: behind a mark, or with a capital.
+_MID_LINE = re.compile(
+    rf"(?:(?<=[.?!;|,\"')*_])[ \t|]+|(?<=\S)(?<![Ee]xpected)[ \t|]+(?=[*_]*[A-Z]))"
+    rf"(?=[*_]*(?i:{_NAMES})[ *_]*[0-9]{{0,2}}[*_]*[:：])"
+)
 _BULLET = re.compile(r"^[\s>#*\-•+|]*(?:\(?[0-9]{1,2}[.)](?=\s))?\s*")
 _LABEL = re.compile(
-    rf"^(?:(?:the|my|final|verification) )*(?P<label>{_NAMES}|q|a)[ #]*[0-9]{{0,2}} *(?:[:：]|[.)](?= )) *(?P<value>.*)$",
+    rf"^(?:(?:the|my|final|verification) )*(?P<label>{_NAMES}|q|a)[ #*_]*[0-9]{{0,2}}[ *_]*(?:[:：]|[.)](?= ))"
+    r"[ *_]*(?P<value>.*)$",
     re.I,
 )
 _QUOTED = re.compile(r'^(["“„])(?P<inner>[^"“”]*)["”]$')
@@ -149,11 +154,11 @@ def _fields(answer: str, truncated: bool) -> tuple[list[_Field], list[_Field]]:
         elif current and (not current.value or current.label == "prompt"):
             current.value = f"{current.value} {line}".strip()
         else:
-            loose.append(_Field("", line))
+            current = _Field("", line)
+            loose.append(current)
         last = number if line else last
-    if truncated and last == len(lines) - 1 and (fields or loose):
-        ending = fields[-1] if fields and current is fields[-1] else (loose or fields)[-1]
-        ending.cut = not ending.value.endswith("?")
+    if truncated and current and last == len(lines) - 1:
+        current.cut = not current.value.endswith("?")
     for found in (*fields, *loose):
         quoted = _QUOTED.match(found.value)
         found.value = quoted["inner"].strip() if quoted else found.value

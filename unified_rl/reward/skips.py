@@ -1,4 +1,4 @@
-"""Why something has no score in Ask-Solve-Generate. A failed or skipped score is a state with a reason, never a number."""
+"""Why something has no score in Ask-Solve-Generate: a failed or skipped score is a state with a reason, no number."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Skipped:
 
 
 def count_skips(outcomes: Iterable[object]) -> dict[str, int]:
-    """How often each reason occurs among results of any type; all reasons are listed, so that none is missing in logs."""
+    """How often each reason occurs among results of any type; every reason is listed, also those that do not."""
     counts = {reason.value: 0 for reason in SkipReason}
     for outcome in outcomes:
         if isinstance(outcome, Skipped):
