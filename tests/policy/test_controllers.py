@@ -37,7 +37,9 @@ def test_a_value_that_is_not_finite_is_refused(bad):
         KlController().updated(bad)
 
 
-@pytest.mark.parametrize("state", [{"momentum": 1.0}, {"momentum": -0.1}, {"value": math.nan}, {"value": 2.0, "high": 1}])
+@pytest.mark.parametrize(
+    "state", [{"momentum": 1.0}, {"momentum": -0.1}, {"value": math.nan}, {"value": 2.0, "high": 1}]
+)
 def test_an_impossible_mean_is_refused(state):
     with pytest.raises(ValueError, match="must lie|is not a number"):
         RunningMean(**state)

@@ -48,7 +48,11 @@ def test_half_precision_is_computed_in_fp32():
 
 def test_shapes_that_differ_and_advantages_that_are_no_numbers_are_refused():
     two, three = torch.zeros(1, 2), torch.zeros(1, 3)
-    for arguments in ((two, torch.ones(1), three, two), (two, torch.ones(1), two, three), (two, torch.ones(2), two, two)):
+    for arguments in (
+        (two, torch.ones(1), three, two),
+        (two, torch.ones(1), two, three),
+        (two, torch.ones(2), two, two),
+    ):
         with pytest.raises(ValueError, match="share one shape"):
             reinforce_loss(*arguments, 0.0)
     with pytest.raises(ValueError, match="finite"):
@@ -87,7 +91,7 @@ def test_k3_by_hand_and_in_expectation():
 
 
 def test_it_learns_to_give_the_rewarded_answer():
-    """One question with four answers, of which the third is rewarded: its probability rises; the penalty holds it back."""
+    """Of four answers the third is rewarded: its probability rises, and the penalty holds it back."""
 
     def trained(coefficient: float) -> torch.Tensor:
         logits, generator = torch.zeros(4, requires_grad=True), torch.Generator().manual_seed(0)

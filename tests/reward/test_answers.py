@@ -71,7 +71,13 @@ def test_the_one_form(answer, form):
 
 @pytest.mark.parametrize(
     "answer, form",
-    [("Two dogs", "two dogs"), ("The  dog.", "the dog"), ("red,white", "red white"), ("(a) b.", "a) b"), ("2.0", "2.0")],
+    [
+        ("Two dogs", "two dogs"),
+        ("The  dog.", "the dog"),
+        ("red,white", "red white"),
+        ("(a) b.", "a) b"),
+        ("2.0", "2.0"),
+    ],
 )
 def test_the_form_of_the_release(answer, form):
     assert normalise(answer, RELEASE) == form
@@ -127,7 +133,7 @@ def test_without_a_reference():
         match("red", "")
 
 
-WORDS = st.lists(st.sampled_from("red blue 1 10 2 not no dog cat a".split()), max_size=5).map(" ".join)
+WORDS = st.lists(st.sampled_from(["red", "1", "10", "2", "not", "no", "dog", "cat", "a"]), max_size=5).map(" ".join)
 
 
 @settings(deadline=None, max_examples=200)
@@ -139,14 +145,8 @@ def test_match_is_a_share_and_highest_for_equals(answer, reference):
 
 
 def test_polarity():
-    assert [polarity(a) for a in ("yes", "no dog", "yes it is", "not red", "", "nobody")] == [
-        "yes",
-        "no",
-        "yes",
-        None,
-        None,
-        None,
-    ]
+    assert [polarity(a) for a in ("yes", "yes it is", "no dog")] == ["yes", "yes", "no"]
+    assert [polarity(a) for a in ("not red", "", "nobody")] == [None] * 3
 
 
 # reply, tags asked for, text, words before, canonical

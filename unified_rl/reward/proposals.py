@@ -1,7 +1,7 @@
 """The Proposer's replies: questions about a picture, and drawing tasks (a prompt with questions that check a drawing).
 
-Fields are read from labelled lines, markdown, lists, tags and JSON. Markup is dropped and nothing else is rewritten: the
-text that is rewarded is the text that was sampled. A reply that is not clear is `Skipped` with its reason.
+Fields are read from labelled lines, markdown, lists, tags and JSON. Markup is dropped and nothing else is rewritten:
+the text that is rewarded is the text that was sampled. A reply that is not clear is `Skipped` with its reason.
 """
 
 from __future__ import annotations
@@ -157,11 +157,11 @@ def _fields(answer: str, truncated: bool) -> tuple[list[_Field], list[_Field]]:
             current = _Field("", line)
             loose.append(current)
         last = number if line else last
-    if truncated and current and last == len(lines) - 1:
-        current.cut = not current.value.endswith("?")
     for found in (*fields, *loose):
         quoted = _QUOTED.match(found.value)
         found.value = quoted["inner"].strip() if quoted else found.value
+    if truncated and current and last == len(lines) - 1:
+        current.cut = not current.value.endswith("?")
     return fields, loose
 
 
