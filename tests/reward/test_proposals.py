@@ -18,6 +18,7 @@ ONE_QUESTION = [
     f"**Question:** {HAT}",
     f"**Question: {HAT}**",
     f"*Question:* {HAT}",
+    f"__Question__: {HAT}",
     f"### Question:\n{HAT}",
     f"- Question: {HAT}",
     f"1. Question: {HAT}",
@@ -37,6 +38,7 @@ ONE_QUESTION = [
     HAT,
     f"1. {HAT}",
     f"- {HAT}\n",
+    "Question: What colour\nis the hat?\nI hope this helps",
     f"{HAT}<|im_end|>",
     f"<think>Question: How many?\nToo easy.</think>\nQuestion: {HAT}",
     f"Question: {HAT}\nQuestion: {HAT}",
@@ -79,7 +81,7 @@ def test_a_question_mark_inside_a_question():
 def test_only_the_last_field_may_be_cut():
     assert parse_questions("Question: Name the colour\nAnswer: bl", truncated=True) == ["Name the colour"]
     assert parse_questions("Question: Name the colour\n", truncated=True) == ["Name the colour"]
-    assert parse_questions("Question: Name the colour\nI hope", truncated=True) == ["Name the colour"]
+    assert parse_questions("Question: Name the colour.\nI hope", truncated=True) == ["Name the colour."]
     assert parse_questions("Question: Name the col", truncated=True)[0].reason is SkipReason.CUT_OFF
 
 
@@ -129,6 +131,7 @@ def test_a_number_in_json_is_an_answer():
         '{"prompt": "A cup.", "qa": [{"question": "How many?", "answer": 2}, {"question": "Why?", "answer": "a\\"b"}]}'
     )
     assert parse_drawing_task(reply).pairs == (("How many?", "2"), ("Why?", 'a"b'))
+    assert parse_questions('{"question": "What is \\x?"}') == ["What is \\x?"]  # no escape of JSON, so kept
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ SCRAPS = [
         '"',
         "\n",
     ),
-    *("red cups", "How many?", "2", " ", "1. ", "**", "{", "}", "<", ">", "\\", "?", "\n\n"),
+    *("red cups", "How many?", "2", " ", "1. ", "**", "{", "}", "<", ">", "?", "\n\n"),
 ]
 
 
@@ -207,7 +210,7 @@ def test_rubbish_never_raises_and_no_word_is_made_up(scraps, truncated):
     task = parse_drawing_task(reply, 2, truncated, ProposalRules(min_pairs=1))
     stated = [] if isinstance(task, Skipped) else [task.prompt, *(text for pair in task.pairs for text in pair)]
     stated += [q for q in parse_questions(reply, 2, truncated) if isinstance(q, str)]
-    words = set(re.findall(r"\w+", reply))
+    words = set(re.findall(r"\w+", reply.replace("**", "")))
     assert all(set(re.findall(r"\w+", text)) <= words for text in stated)
     assert not any(re.search("<think>|</think>|</question>", text) for text in stated)
 

@@ -71,7 +71,7 @@ _MID_LINE = re.compile(
     rf"(?:(?<=[.?!;|,\"')*_])[ \t|]+|(?<=\S)(?<![Ee]xpected)[ \t|]+(?=[*_]*[A-Z]))"
     rf"(?=[*_]*(?i:{_NAMES})[ *_]*[0-9]{{0,2}}[*_]*[:：])"
 )
-_BULLET = re.compile(r"^[\s>#*\-•+|]*(?:\(?[0-9]{1,2}[.)](?=\s))?\s*")
+_BULLET = re.compile(r"^[\s>#*_\-•+|]*(?:\(?[0-9]{1,2}[.)](?=\s))?\s*")
 _LABEL = re.compile(
     rf"^(?:(?:the|my|final|verification) )*(?P<label>{_NAMES}|q|a)[ #*_]*[0-9]{{0,2}}[ *_]*(?:[:：]|[.)](?= ))"
     r"[ *_]*(?P<value>.*)$",
@@ -130,9 +130,8 @@ def parse_drawing_task(
             kept.append(pair)
     if len(kept) < rules.min_pairs:
         why = "; ".join(d.text for d in dropped)[:200]
-        return Skipped(
-            SkipReason.TOO_FEW_PAIRS, f"{len(kept)} of at least {rules.min_pairs}" + (f": {why}" * bool(why))
-        )
+        short = f"{len(kept)} of at least {rules.min_pairs}"
+        return Skipped(SkipReason.TOO_FEW_PAIRS, f"{short}: {why}" if why else short)
     return DrawingTask(prompt, tuple(kept), tuple(dropped))
 
 
@@ -144,14 +143,14 @@ def _fields(answer: str, truncated: bool) -> tuple[list[_Field], list[_Field]]:
     current: _Field | None = None  # which may go on in the next line
     last = 0
     for number, raw in enumerate(lines):
-        line = re.sub(r"\*\*|__|`+", "", _BULLET.sub("", raw)).strip()
+        line = re.sub(r"\*\*|`+", "", _BULLET.sub("", raw)).strip()
         label = _LABEL.match(line)
         if label:
             current = _Field(_name(label["label"]), label["value"].strip())
             fields.append(current)
         elif not line:
             current = current if current and not current.value else None
-        elif current and (not current.value or current.label == "prompt"):
+        elif current and _goes_on(current):
             current.value = f"{current.value} {line}".strip()
         else:
             current = _Field("", line)
@@ -163,6 +162,12 @@ def _fields(answer: str, truncated: bool) -> tuple[list[_Field], list[_Field]]:
     if truncated and current and last == len(lines) - 1:
         current.cut = not current.value.endswith("?")
     return fields, loose
+
+
+def _goes_on(field: _Field) -> bool:
+    """Whether the next line may belong to a field: a prompt has all of its sentences, a question is one."""
+    asked = field.label == "question" and not field.value.endswith((".", "?", "!"))
+    return not field.value or asked or field.label == "prompt"
 
 
 def _one_field_a_line(answer: str) -> str:
