@@ -12,6 +12,11 @@ def test_a_running_mean_by_hand():
     assert mean.updated([0.0]).value == pytest.approx(0.6 * 0.9)
 
 
+def test_what_training_starts_from():
+    assert RunningMean().to_dict() == {"value": 0.0, "momentum": 0.6, "low": None, "high": None}
+    assert KlController().to_dict() == {"coefficient": 0.01, "target": 0.02, "rate": 0.1, "low": 1e-3, "high": 1e2}
+
+
 def test_a_running_mean_stays_within_its_bounds():
     easy = RunningMean(-0.05, high=-0.05)
     assert easy.updated([1.0]).value == -0.05

@@ -33,9 +33,15 @@ def test_by_hand():
 
 def test_what_is_very_different_counts_no_more():
     assert diversity_scores([halves(0, 255), halves(255, 0)]) == [1.0, 1.0]
-    # Two far from each other and one between: without either end less is left, without the middle as much as before.
-    scores = diversity_scores([halves(255, 0), halves(0, 255), halves(255, 0), halves(0, 255)])
-    assert scores == [0.0] * 4
+    # Grey distances .92, 0 and .92 count as 1; of the darker half two of three histograms move: colour distance 1/3,
+    # where it exists. All: .6 + .4 (2/9) / .25. Without the mirrored one: .4. Without the coloured one: .6.
+    usual = halves(10, 240)
+    whole = 0.6 + 0.4 * 2 / 9 / 0.25
+    scores = diversity_scores([usual, usual[:, ::-1], halves((0, 10, 20), 240)])
+    assert scores == [0.0, 1.0, pytest.approx((whole - 0.6) / (whole - 0.4))]
+    # Colour distances 2/3 count as 1. All: .6 (4/30) / .30 + .4. Without the mirrored or the exchanged one: .4.
+    usual = halves(LEFT, RIGHT)
+    assert diversity_scores([usual, halves(RIGHT, LEFT), usual[..., [1, 0, 2]]]) == pytest.approx([0.0, 1.0, 1.0])
 
 
 def test_equal_images_add_nothing():

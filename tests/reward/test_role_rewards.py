@@ -77,6 +77,8 @@ def test_agreeing_on_a_trivial_question_costs_a_little():
 def test_an_unsolvable_question_costs_everyone():
     answers, votes = answered("abcdefg")
     assert solver_rewards(answers, votes) == [pytest.approx((1 / 7) ** 0.7 * -0.25 * informativeness(votes))] * 7
+    answers, votes = answered("abcde")  # a share of exactly .20
+    assert max(solver_rewards(answers, votes)) < 0
 
 
 @pytest.mark.parametrize("words, factor", [(0, 1.0), (6, 1.0), (9, 0.95), (12, 0.9), (90, 0.9)])
@@ -107,6 +109,8 @@ def test_the_parent_method_pays_the_share():
     answers, votes = answered("aaaaabb", canonical=False, words_before=12)
     rewards = solver_rewards(answers, votes, SOLVER_RULES["evolmm"])
     assert rewards[0] == pytest.approx((5 / 7) ** 0.7 * 0.9) and rewards[6] == pytest.approx((2 / 7) ** 0.7 * 0.9)
+    vague = [SolverAnswer("several")] * 7
+    assert solver_rewards(vague, count_votes(["several"] * 7), SOLVER_RULES["evolmm"]) == [1.0] * 7
 
 
 def test_answers_of_another_vote_are_refused():
@@ -116,6 +120,6 @@ def test_answers_of_another_vote_are_refused():
         solver_rewards(answers, votes)
 
 
-def test_the_baseline_of_easy_questions_is_never_positive():
+def test_the_baseline_of_easy_questions_stays_negative():
     assert BUCKET_BASELINES["easy"].updated([1.0]).value == -0.05
     assert BUCKET_BASELINES["hard"].updated([1.0]).value == pytest.approx(0.4)

@@ -62,7 +62,7 @@ def test_a_model_that_only_repeats_the_question_has_said_nothing():
 
 
 def test_captions_are_asked_for_in_a_sentence():
-    assert "one short" in caption_question() and caption_question("brief") == "describe the image."
+    assert "one short" in caption_question() and caption_question("brief") == "Describe the image in detail."
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_rank_never_falls_with_the_entropy(values, first, second):
 
 
 def test_the_oldest_leave():
+    assert EntropyWindow().to_dict() == {"values": (), "size": 128, "warm": 8}
     window = EntropyWindow(size=8).pushed([1.0] * 5).pushed([2.0] * 5)
     assert window.values == (1.0,) * 3 + (2.0,) * 5
     assert window.pushed([3.0] * 20).values == (3.0,) * 8

@@ -111,6 +111,7 @@ def test_bounds_of_the_buckets():
 
 def test_a_bound_that_follows_the_votes():
     assert adaptive_easy_entropy([0.5] * 31) is None
+    assert adaptive_easy_entropy([0.5] * 32) == 0.5
     # 0, .01, ... .99: quartiles .2475 and .7425
     assert adaptive_easy_entropy([i / 100 for i in range(100)]) == pytest.approx(0.2475 + 0.25 * 0.495)
     assert adaptive_easy_entropy([0.0] * 40) == 0.10 and adaptive_easy_entropy([1.9] * 40) == 1.2

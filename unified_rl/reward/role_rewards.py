@@ -39,7 +39,7 @@ PROPOSER_RULES = {
     "self_consistency_release": ProposerRules(split_votes_only=True, easy_cap=0.20, disputed_cap=0.45),
 }
 
-# For `policy.advantage.baseline_advantages`: by bucket, never positive enough to reward an easy question for existing.
+# To start `policy.advantage.baseline_advantages` from, by bucket; the bound of easy questions is the release's.
 BUCKET_BASELINES = {"easy": RunningMean(-0.05, high=-0.05), "medium": RunningMean(), "hard": RunningMean()}
 
 

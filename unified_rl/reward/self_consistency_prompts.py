@@ -105,7 +105,7 @@ and below it its answer on a line that begins with "Answer:". Write nothing else
 def caption_question(wording: str = "full") -> str:
     """Asks the Solver for the caption that is compared with the prompt."""
     if _is_brief(wording):
-        return "describe the image."
+        return "Describe the image in detail."
     return "Say in one short and complete sentence what this picture shows."
 
 
