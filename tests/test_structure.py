@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
-MAX_PACKAGE_LINES = 15_000
+MAX_PACKAGE_LINES = 18_000
 
 FOUNDATION = {"__init__", "config", "files", "ledger", "manifests", "records", "runtime", "shards", "status"}
 # Loading partitioned weights is below the train stage, which knows everything else about DeepSpeed.
