@@ -22,7 +22,7 @@ unexport PYTHON
 export DRY_RUN METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL
 
 .PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status report \
-  clean-run evidence tiny-janus
+  clean-run evidence tiny-janus tiny-bagel
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -83,3 +83,6 @@ evidence: $(STAMP)  ## measure the learning claim with its controls: METHOD=gvu 
 
 tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 15 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)
+
+tiny-bagel: $(STAMP)  ## train the tiny BAGEL that ships with the package: about 20 minutes on two cores
+	$(PY) -m unified_rl.shapes.train_bagel --out unified_rl/assets/tiny_bagel $(ARGS)

@@ -25,7 +25,7 @@ DEEPSPEED = (PACKAGE / "train" / "zero3.py", PACKAGE / "backbones" / "partitione
 ALLOWED = {
     "policy": set(),
     "backbones": FOUNDATION,
-    "shapes": FOUNDATION | {"backbones"},
+    "shapes": FOUNDATION | {"backbones", "reward"},  # the tiny models are taught the judge's own questions
     **dict.fromkeys(FOUNDATION, FOUNDATION),
 }
 

@@ -14,7 +14,7 @@ from tests.launch.launching import ROOT
 
 TARGETS = [
     "help", "install", "test", "test-slow", "lint", "format", "demo", "loop", "rollout", "reward", "train", "evaluate",
-    "export", "status", "report", "clean-run", "evidence", "tiny-janus",
+    "export", "status", "report", "clean-run", "evidence", "tiny-janus", "tiny-bagel",
 ]  # fmt: skip
 OURS = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RUN", "ARGS", "PYTHON")
 

@@ -8,12 +8,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
-from unified_rl.backbones.base import TokenTraj
+from unified_rl.backbones.base import Sampling, TokenTraj
 from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.config import ASSETS
-from unified_rl.shapes import measure, train_janus, train_vision, train_vq
+from unified_rl.shapes import measure, train_janus, train_vision, train_vq, training
 from unified_rl.shapes.questions import EASY, HARD
-from unified_rl.shapes.tiny_janus import CODES, build_checkpoint
+from unified_rl.shapes.tiny_janus import CODES, DESCRIBE, build_checkpoint
 from unified_rl.shapes.world import Object, render
 
 FOLDER = ASSETS / "tiny_janus"
@@ -50,7 +50,7 @@ def test_transformers_own_classes_load_it():
 
 def test_it_reads_better_than_it_draws(backbone):
     torch.set_num_threads(1)
-    drawn = measure.drawing(backbone, samples=4)
+    drawn = measure.drawing(backbone, 4, Sampling())
     answered = measure.question_answering(backbone, 7, 100)
     assert measure.caption_ranking(backbone, 7, 300) >= 0.95
     overall = sum(drawn.values()) / 6
@@ -101,18 +101,18 @@ def test_each_part_of_the_training_learns(untrained):
     lines = []
     backbone = JanusBackbone.from_pretrained(untrained)
     inner = backbone.model.model
-    train_vision.train_vision(inner, backbone.tokenizer, 0, lines.append, steps=60)
+    train_janus.name_patches(backbone, 0, lines.append, steps=60)
     assert float(lines[-1].split()[-1]) > 0.5  # patches with the right shape; chance is a sixth
     train_vq.train_vq(inner.vqmodel, 0, lines.append, steps=40)
     norms = inner.vqmodel.quantize.embedding.weight.norm(dim=1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
     image_tokenizer = {k: v.clone() for k, v in inner.vqmodel.state_dict().items()}
-    phase = train_janus.Phase(steps=12, drawings=8, captions=4, questions=4, tables=2, lookups=2)
-    settings = train_janus.Settings(phases=(phase,), learning_rate=2e-3, warmup=2)
+    phase = training.Phase(steps=12, drawings=8, captions=4, questions=4, tables=2, lookups=2)
+    settings = training.Settings(phases=(phase,), learning_rate=2e-3, warmup=2)
     rng = random.Random(0)
-    before = [loss.item() for loss in train_janus.losses(backbone, settings, phase, rng)]
+    before = [loss.item() for loss in train_janus.losses(backbone, settings, phase, rng).values()]
     train_janus.train_joint(backbone, settings, lines.append)
-    after = [loss.item() for loss in train_janus.losses(backbone, settings, phase, rng)]
+    after = [loss.item() for loss in train_janus.losses(backbone, settings, phase, rng).values()]
     assert after[1] < before[1] - 0.5
     assert after[0] < before[0]
     assert all(torch.equal(v, image_tokenizer[k]) for k, v in inner.vqmodel.state_dict().items())
@@ -120,18 +120,18 @@ def test_each_part_of_the_training_learns(untrained):
 
 
 def test_a_batch_holds_what_the_settings_say():
-    phase = train_janus.Phase(steps=1, captions=3, questions=5, tables=2, lookups=1)
-    settings = train_janus.Settings(hidden_drawing_captions=1.0)
-    images, questions, answers = train_janus.reading_batch(settings, phase, random.Random(1))
+    phase = training.Phase(steps=1, captions=3, questions=5, tables=2, lookups=1)
+    settings = training.Settings(hidden_drawing_captions=1.0)
+    images, questions, answers = training.reading_batch(settings, phase, random.Random(1))
     assert len(images) == len(questions) == len(answers) == 11
-    assert questions[:3] == [train_janus.DESCRIBE] * 3
-    prompts, pictures, hidden = train_janus.drawing_batch(settings, 4, random.Random(1))
+    assert questions[:3] == [DESCRIBE] * 3
+    prompts, pictures, hidden = training.drawing_batch(settings, 4, random.Random(1))
     assert (len(prompts), pictures.shape, hidden) == (4, (4, 32, 32, 3), [True] * 4)
 
 
 def test_learning_rate_by_hand():
-    settings = train_janus.Settings(learning_rate=1.0, warmup=10, decay=0.5)
-    rates = [train_janus.learning_rate(settings, step, 100) for step in (1, 10, 50, 75, 100)]
+    settings = training.Settings(learning_rate=1.0, warmup=10, decay=0.5)
+    rates = [training.learning_rate(settings, step, 100) for step in (1, 10, 50, 75, 100)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.0])
 
 

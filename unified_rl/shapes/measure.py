@@ -1,14 +1,17 @@
-"""What a model can do in the world of shapes: drawing by the detector, reading by captions and questions."""
+"""What a model can do in the world of shapes: drawing by the detector, reading by captions, questions and ratings."""
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from unified_rl.backbones.base import Sampling
-from unified_rl.backbones.janus import JanusBackbone
+from unified_rl.backbones.base import ReplaySettings
+from unified_rl.backbones.load import Backbone
+from unified_rl.shapes import ratings
 from unified_rl.shapes.prompts import CATEGORIES, caption_pairs, prompt_records
 from unified_rl.shapes.questions import FAMILIES, make_questions
 from unified_rl.shapes.tiny_janus import DESCRIBE
@@ -18,11 +21,11 @@ BATCH = 64
 
 
 def _mean(values: list) -> float:
-    return float(np.mean(values))
+    return float(np.mean(values)) if values else 0.0
 
 
 @torch.no_grad()
-def caption_ranking(backbone: JanusBackbone, seed: int, pairs: int) -> float:
+def caption_ranking(backbone: Backbone, seed: int, pairs: int) -> float:
     """Share of scenes whose true caption is likelier (mean token log-likelihood) than one with a wrong word."""
     wins = []
     made = caption_pairs(seed, pairs)
@@ -37,7 +40,7 @@ def caption_ranking(backbone: JanusBackbone, seed: int, pairs: int) -> float:
 
 
 @torch.no_grad()
-def question_answering(backbone: JanusBackbone, seed: int, per_family: int) -> dict[str, float]:
+def question_answering(backbone: Backbone, seed: int, per_family: int) -> dict[str, float]:
     """Share of greedy answers that equal the true one, by family."""
     right = defaultdict(list)
     questions = make_questions(seed, per_family)
@@ -51,23 +54,69 @@ def question_answering(backbone: JanusBackbone, seed: int, per_family: int) -> d
 
 
 @torch.no_grad()
-def drawing(backbone: JanusBackbone, samples: int, guidance_scale: float = 1.0) -> dict[str, float]:
-    """Detector accuracy of held-out prompts by category."""
-    right = defaultdict(list)
+def drawings(backbone: Backbone, samples: int, sampling: ReplaySettings) -> tuple[np.ndarray, list[dict]]:
+    """uint8 [B, H, W, 3] pictures of held-out prompts, `samples` of each, and the metadata of each picture's prompt."""
     prompts = prompt_records("heldout")
+    pictures = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         seeds = [1000 * (start + i) + j for i in range(len(part)) for j in range(samples)]
-        trajectory = backbone.rollout_images([p.text for p in part], seeds, Sampling(guidance_scale=guidance_scale))
-        for i, image in enumerate(backbone.decode(trajectory)):
-            metadata = part[i // samples].metadata
-            right[metadata["tag"]].append(is_correct(image, metadata))
+        pictures.append(backbone.decode(backbone.rollout_images([p.text for p in part], seeds, sampling)))
+    return np.concatenate(pictures), [p.metadata for p in prompts for _ in range(samples)]
+
+
+def accuracy(pictures: np.ndarray, metadata: Sequence[dict]) -> dict[str, float]:
+    """Share of pictures that the detector finds correct, by category."""
+    right = defaultdict(list)
+    for image, wanted in zip(pictures, metadata, strict=True):
+        right[wanted["tag"]].append(is_correct(image, wanted))
     return {tag: _mean(right[tag]) for tag in CATEGORIES}
 
 
-def abilities(backbone: JanusBackbone, questions: int = 200, captions: int = 600, samples: int = 4) -> dict[str, float]:
-    """Everything above as one dictionary of accuracies in 0..1."""
-    drawn = drawing(backbone, samples)
+def drawing(backbone: Backbone, samples: int, sampling: ReplaySettings) -> dict[str, float]:
+    """Detector accuracy of held-out prompts by category."""
+    return accuracy(*drawings(backbone, samples, sampling))
+
+
+@torch.no_grad()
+def judging(backbone: Backbone, pictures: Sequence[np.ndarray], metadata: Sequence[dict]) -> dict[str, float]:
+    """How the backbone rates pictures of the world, asked for all cells in order and for the whole picture.
+
+    Returns:
+        `parsed`: share of replies in the form asked for. Of those: `regions`: share of cells whose score has the sign
+        (positive, none, negative) of the true one; `layout`: share of pictures whose score has the right sign.
+    """
+    boxes = [ratings.cell_box(cell) for cell in range(ratings.CELLS)]
+    parsed, regions, layout = [], [], []
+    for start in range(0, len(pictures), BATCH):
+        images, wanted = pictures[start : start + BATCH], metadata[start : start + BATCH]
+        prompts = [m["prompt"] for m in wanted]
+        seeds = [0] * len(prompts)
+        questions = [ratings.local_question(p, boxes) for p in prompts]
+        local = backbone.rollout_text(images, questions, seeds, 40, 0.0).texts
+        whole = backbone.rollout_text(images, [ratings.global_question(p) for p in prompts], seeds, 8, 0.0).texts
+        for image, truth, cells, score in zip(images, wanted, local, whole, strict=True):
+            found, score = ratings.read_local(cells, len(boxes)), ratings.read_global(score)
+            parsed += [found is not None, score is not None]
+            if found is not None:
+                regions += (np.sign(found) == np.sign(ratings.cell_scores(image, truth))).tolist()
+            if score is not None:
+                layout.append((score > 0) == is_correct(image, truth))
+    return {"parsed": _mean(parsed), "regions": _mean(regions), "layout": _mean(layout)}
+
+
+def ratings_of_scenes(backbone: Backbone, seed: int, count: int) -> dict[str, float]:
+    """`judging` of `count` pictures with prompts that fit them or not."""
+    rng = random.Random(f"ratings-{seed}")
+    pictures, metadata = zip(*(ratings.picture_for(rng) for _ in range(count)), strict=True)
+    return judging(backbone, pictures, metadata)
+
+
+def abilities(
+    backbone: Backbone, sampling: ReplaySettings, questions: int = 200, captions: int = 600, samples: int = 4
+) -> dict[str, float]:
+    """Drawing, captions and questions as one dictionary of accuracies in 0..1."""
+    drawn = drawing(backbone, samples, sampling)
     answered = question_answering(backbone, 7, questions)
     return {
         "overall": _mean(list(drawn.values())),

@@ -153,6 +153,11 @@ def wrong_caption(metadata: dict, scene: Scene, rng: random.Random) -> str:
     return rng.choice(choices)
 
 
+def metadata_of(prompt: str) -> dict:
+    """The metadata of one of the world's prompts."""
+    return _metadata_by_prompt()[prompt]
+
+
 @lru_cache(maxsize=1)
 def _metadata_by_prompt() -> dict[str, dict]:
     return {m["prompt"]: m for items in all_metadata().values() for m in items}

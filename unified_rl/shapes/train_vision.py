@@ -1,4 +1,4 @@
-"""Training of the tiny checkpoint's vision tower and aligner before they meet the language model.
+"""Training of the tiny checkpoints' vision tower and aligner before they meet the language model.
 
 The public models take a tower whose features were matched with words (SigLIP). Here each patch learns to name colour
 and shape of its cell in the language model's own word vectors, so that a word of a question can be found in a picture.
@@ -7,16 +7,16 @@ and shape of its cell in the language model's own word vectors, so that a word o
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.models.janus.modeling_janus import JanusModel
 
 from unified_rl.shapes.questions import random_scene
+from unified_rl.shapes.tiny_janus import PATCH
 from unified_rl.shapes.train_vq import to_pixels
 from unified_rl.shapes.world import CELL, COLORS, GRID, SHAPES, Object, Scene, render
 
@@ -25,14 +25,20 @@ BATCH = 64
 LEARNING_RATE = 1.0e-3
 SHARPNESS = 12.0  # of the logits; word vectors are used at unit length
 PROPERTIES = (tuple(COLORS), SHAPES)
+NAMES = ("colour", "shape", "column", "row")
+# What the judge's questions call a cell's left and lower edge, among the columns and the rows.
+PLACES = (
+    tuple(f"({column * CELL}," for column in range(GRID)),
+    tuple(f"{(row + 1) * CELL})" for row in range(GRID)),
+)
 
 
-def word_vectors(model: JanusModel, tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> torch.Tensor:
-    """fp32 [len(words), D] unit vectors: the token embeddings of words that are one token each."""
+def word_vectors(embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> torch.Tensor:
+    """fp32 [len(words), D] unit vectors: the token embeddings [vocabulary, D] of words that are one token each."""
     ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
     if any(len(i) != 1 for i in ids):
         raise ValueError(f"not every word of {words} is one token: {ids}")
-    return F.normalize(model.language_model.embed_tokens.weight.detach()[[i[0] for i in ids]], dim=-1)
+    return F.normalize(embeddings.detach()[[i[0] for i in ids]], dim=-1)
 
 
 def patch_labels(scene: Scene, patch: int) -> np.ndarray:
@@ -42,36 +48,50 @@ def patch_labels(scene: Scene, patch: int) -> np.ndarray:
     return grid.reshape(-1, 2).T
 
 
+def place_labels(patch: int) -> np.ndarray:
+    """int64 [2, patches]: column and row of every patch's cell, patches in reading order."""
+    cells = np.arange(GRID).repeat(CELL // patch)
+    rows, columns = np.meshgrid(cells, cells, indexing="ij")
+    return np.stack([columns.ravel(), rows.ravel()])
+
+
 def _indices(item: Object) -> tuple[int, int]:
     return PROPERTIES[0].index(item.color), PROPERTIES[1].index(item.shape)
 
 
 def labelled_pictures(rng: random.Random, count: int, patch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [count, 3, H, W] in -1..1 and int64 [count, 2, patches] labels."""
+    """fp32 [count, 3, H, W] in -1..1 and int64 [count, 4, patches] labels: of PROPERTIES, then of PLACES."""
     scenes = [random_scene(rng, rng.randint(1, GRID * GRID)) for _ in range(count)]
     images = to_pixels(np.stack([render(s) for s in scenes]))
-    return images, torch.from_numpy(np.stack([patch_labels(s, patch) for s in scenes]))
+    labels = [np.concatenate([patch_labels(s, patch), place_labels(patch)]) for s in scenes]
+    return images, torch.from_numpy(np.stack(labels))
 
 
 def train_vision(
-    model: JanusModel,
-    tokenizer: PreTrainedTokenizerBase,
+    features: Callable[[torch.Tensor], torch.Tensor],
+    parameters: Sequence[nn.Parameter],
+    vectors: Sequence[torch.Tensor],
     seed: int,
     log: Callable[[str], None],
     steps: int = STEPS,
+    sharpness: float = SHARPNESS,
 ) -> None:
-    """Train `model.vision_model` and `model.aligner` in place."""
+    """Train a tower and its aligner in place.
+
+    Args:
+        features: [B, patches, D] of pixels [B, 3, H, W] in -1..1, through `parameters`.
+        vectors: of the first of PROPERTIES and PLACES, or of all, see `word_vectors`.
+        sharpness: factor of the logits; the features grow until it suffices.
+    """
     rng = random.Random(f"vision-{seed}")
-    vectors = [word_vectors(model, tokenizer, words) for words in PROPERTIES]
-    parameters = [*model.vision_model.parameters(), *model.aligner.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for step in range(1, steps + 1):
-        images, labels = labelled_pictures(rng, BATCH, model.vision_model.config.patch_size)
-        features = model.aligner(model.vision_model(images).last_hidden_state)
-        logits = [SHARPNESS * features @ words.T for words in vectors]
+        images, labels = labelled_pictures(rng, BATCH, PATCH)
+        seen = features(images)
+        logits = [sharpness * seen @ words.T for words in vectors]
         losses = [F.cross_entropy(x.transpose(1, 2), labels[:, i], ignore_index=-1) for i, x in enumerate(logits)]
         optimizer.zero_grad(set_to_none=True)
         sum(losses).backward()
@@ -81,6 +101,7 @@ def train_vision(
         if step % 100 == 0 or step == steps:
             shown = labels[:, 0] >= 0
             right = [float((x.argmax(-1) == labels[:, i])[shown].float().mean()) for i, x in enumerate(logits)]
-            log(f"vision step {step}/{steps} patches with the right colour {right[0]:.3f}, shape {right[1]:.3f}")
+            rates = ", ".join(f"{name} {rate:.3f}" for name, rate in zip(NAMES, right, strict=False))
+            log(f"vision step {step}/{steps} patches with the right {rates}")
     for parameter in parameters:
         parameter.requires_grad_(False)

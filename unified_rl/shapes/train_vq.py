@@ -122,8 +122,9 @@ def reconstruction_accuracy(vq: JanusVQVAE, seed: int, count: int) -> float:
     """Share of pictures whose reconstruction the detector reads exactly as the original."""
     images = random_pictures(random.Random(f"vq-check-{seed}"), count)
     drawn = to_uint8(vq.decode(similarities(vq, to_pixels(images)).argmax(-1)))
-    return float(np.mean([_seen(a) == _seen(b) for a, b in zip(images, drawn, strict=True)]))
+    return float(np.mean([seen(a) == seen(b) for a, b in zip(images, drawn, strict=True)]))
 
 
-def _seen(image: np.ndarray) -> list[tuple]:
+def seen(image: np.ndarray) -> list[tuple]:
+    """What the detector sees, without its distances."""
     return [(d.shape, d.color, d.row, d.column) for d in detect(image)]

@@ -130,11 +130,10 @@ def related(subject: Detection, relation: str, other: Detection) -> bool:
     return _RELATIONS[relation](subject, other)
 
 
-def satisfies(detections: list[Detection], metadata: dict) -> bool:
-    """GenEval's rule on its metadata schema.
+def matches(detections: list[Detection], metadata: dict) -> list[list[Detection]]:
+    """The objects of each `include` clause of GenEval's metadata: those of its class, and of its colour and position.
 
-    `include` clauses need at least `count` objects of the class (and colour, and position relative to an earlier
-    clause's object); `exclude` clauses forbid `count` or more.
+    A position is relative to the objects of an earlier clause.
     """
     matched: list[list[Detection]] = []
     for clause in metadata["include"]:
@@ -142,13 +141,20 @@ def satisfies(detections: list[Detection], metadata: dict) -> bool:
         if "position" in clause:
             relation, target = clause["position"]
             objects = [d for d in objects if any(related(d, relation, o) for o in matched[target])]
-        if len(objects) < clause["count"]:
-            return False
         matched.append(objects)
-    for clause in metadata.get("exclude", ()):
-        if sum(d.shape == clause["class"] for d in detections) >= clause["count"]:
-            return False
-    return True
+    return matched
+
+
+def satisfies(detections: list[Detection], metadata: dict) -> bool:
+    """GenEval's rule on its metadata schema.
+
+    `include` clauses need at least `count` objects; `exclude` clauses forbid `count` or more of a class.
+    """
+    found = zip(matches(detections, metadata), metadata["include"], strict=True)
+    if any(len(objects) < clause["count"] for objects, clause in found):
+        return False
+    excluded = metadata.get("exclude", ())
+    return all(sum(d.shape == clause["class"] for d in detections) < clause["count"] for clause in excluded)
 
 
 def is_correct(image: np.ndarray, metadata: dict) -> bool:

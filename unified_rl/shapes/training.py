@@ -1,0 +1,196 @@
+"""What the trainings of the tiny checkpoints share: batches, phases, the loop and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from unified_rl.shapes.prompts import all_metadata, random_metadata, scene_for
+from unified_rl.shapes.questions import LOOKUPS, TABLES, make_question, make_table
+from unified_rl.shapes.tiny_janus import DESCRIBE
+from unified_rl.shapes.world import render
+
+CHECK_EVERY = 250  # steps
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of joint training: how many steps, and what each of them holds.
+
+    Attributes:
+        layouts, regions, scattered: questions of the judge about whole pictures, about all of their cells in order, and
+            about some cells in any order.
+    """
+
+    steps: int
+    drawings: int = 0
+    captions: int = 0
+    questions: int = 0
+    tables: int = 0
+    lookups: int = 0
+    layouts: int = 0
+    regions: int = 0
+    scattered: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that determines the checkpoint."""
+
+    seed: int = 0
+    learning_rate: float = 1.0e-3
+    warmup: int = 40  # steps
+    decay: float = 0.6  # share of all steps, at the end, over which the rate falls to zero
+    # Single look-ups first, then single questions, which build on them; then drawing, by a model that reads.
+    phases: tuple[Phase, ...] = (
+        Phase(steps=150, lookups=48),
+        Phase(steps=350, questions=32, tables=16),
+        Phase(steps=1500, drawings=52, captions=8, questions=16, tables=4),
+    )
+    wrong_drawing_captions: float = 0.25  # share of drawings whose caption belongs to another picture, as on the web
+    hidden_drawing_captions: float = 0.1  # for classifier-free guidance
+    # How often each category is drawn; colours are learnt last.
+    category_weights: tuple[tuple[str, float], ...] = (
+        ("single_object", 0.5),
+        ("two_object", 1.0),
+        ("counting", 1.0),
+        ("colors", 2.0),
+        ("position", 1.5),
+        ("color_attr", 2.0),
+    )
+    # How often each family is asked; the hard ones rarely, so that reading leaves room for gains and losses.
+    family_weights: tuple[tuple[str, float], ...] = (
+        ("existence", 1.0),
+        ("color", 0.8),
+        ("shape", 0.8),
+        ("counting", 0.4),
+        ("relation", 0.6),
+        ("comparison", 0.4),
+    )
+
+
+def drawing_batch(settings: Settings, count: int, rng: random.Random) -> tuple[list[str], np.ndarray, list[bool]]:
+    """Prompts, uint8 [B, H, W, 3] pictures, and which prompts are hidden; a share of the prompts is wrong."""
+    categories, weights = zip(*settings.category_weights, strict=True)
+    metadata = [rng.choice(all_metadata()[tag]) for tag in rng.choices(categories, weights, k=count)]
+    images = np.stack([render(scene_for(m, rng)) for m in metadata])
+    wrong = [rng.random() < settings.wrong_drawing_captions for _ in metadata]
+    prompts = [(random_metadata(rng) if w else m)["prompt"] for w, m in zip(wrong, metadata, strict=True)]
+    return prompts, images, [rng.random() < settings.hidden_drawing_captions for _ in metadata]
+
+
+def reading_batch(
+    settings: Settings, phase: Phase, rng: random.Random
+) -> tuple[list[np.ndarray], list[str], list[str]]:
+    """Pictures, questions and answers: captions first, then questions, then tables and look-ups."""
+    families, weights = zip(*settings.family_weights, strict=True)
+    images, questions, answers = [], [], []
+    for _ in range(phase.captions):
+        metadata = random_metadata(rng)
+        images.append(render(scene_for(metadata, rng)))
+        questions.append(DESCRIBE)
+        answers.append(metadata["prompt"])
+    asked_questions = [make_question(family, rng) for family in rng.choices(families, weights, k=phase.questions)]
+    asked_questions += [make_table(rng, TABLES) for _ in range(phase.tables)]
+    asked_questions += [make_table(rng, LOOKUPS) for _ in range(phase.lookups)]
+    for asked in asked_questions:
+        images.append(render(asked.scene))
+        questions.append(asked.question)
+        answers.append(asked.answer)
+    return images, questions, answers
+
+
+def learning_rate(settings: Settings, step: int, total: int) -> float:
+    """Rate at `step` (from 1) of `total`: linear warm-up, constant, linear decay to zero."""
+    left = (total - step) / (settings.decay * total)
+    return settings.learning_rate * min(1.0, step / settings.warmup, left)
+
+
+def optimise(
+    parameters: Sequence[nn.Parameter],
+    settings: Settings,
+    losses: Callable[[Phase], dict[str, torch.Tensor]],
+    check: Callable[[], None],
+    log: Callable[[str], None],
+) -> None:
+    """Run all phases.
+
+    Args:
+        losses: of a new batch, by name; their sum is minimised.
+        check: called now and then to log what the model can do.
+    """
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    plan = [phase for phase in settings.phases for _ in range(phase.steps)]
+    for step, phase in enumerate(plan, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, len(plan))
+        values = losses(phase)
+        optimizer.zero_grad(set_to_none=True)
+        sum(values.values()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            shown = " ".join(f"{name} {value.item():.3f}" for name, value in values.items())
+            log(f"joint step {step}/{len(plan)} {shown}")
+        if step % CHECK_EVERY == 0 and step < len(plan):
+            check()
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def main(
+    argv: Sequence[str] | None,
+    module: str,
+    description: str,
+    settings: S,
+    make: Callable[[Path, S, Callable[[str], None]], None],
+) -> int:
+    """Command line of a training.
+
+    Args:
+        module: its name, for the help text.
+        settings: all but the seed.
+        make: trains a checkpoint into a folder, given the settings and where to log.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=f"example: python -m {module} --out /tmp/tiny --threads 2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (part of the result)")
+    parser.add_argument("--seed", type=int, default=settings.seed)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    torch.use_deterministic_algorithms(True)
+    start = time.monotonic()
+    lines: list[str] = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        print(f"{time.monotonic() - start:7.0f} s  {line}", file=sys.stderr, flush=True)
+
+    settings = replace(settings, seed=arguments.seed)
+    log(repr(settings))
+    # Made elsewhere and copied at the end: a run that is interrupted leaves the old checkpoint whole.
+    with tempfile.TemporaryDirectory() as work:
+        make(Path(work), settings, log)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for file in Path(work).iterdir():
+            shutil.copyfile(file, arguments.out / file.name)
+    (arguments.out / "training.log").write_text("\n".join(lines) + "\n")
+    return 0
