@@ -96,7 +96,7 @@ def control_text(config: RunConfig) -> str:
     if evidence is None:
         return ""
     rows = [["This method", interval(evidence["gain"])]]
-    rows += [[f"Control: {escape(n)} rewards", interval(v)] for n, v in evidence["controls"].items()]
+    rows += [[f"Control: {escape(n.replace('_', ' '))}", interval(v)] for n, v in evidence["controls"].items()]
     return table("Stored experiment over seeds: change of drawing accuracy, 95 % interval", ["Run", "Change"], rows)
 
 
