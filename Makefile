@@ -2,6 +2,7 @@
 #   RUN        run folder                    RECIPE     name or YAML file of a recipe
 #   ITERATION  iteration of one stage        ARGS       key=value overrides, or further arguments
 #   DRY_RUN=1  print the commands only       PYTHON     interpreter that .venv is built on
+#   SLURM_SITE settings of the cluster, default launch/slurm/site.env
 #   METHOD, BACKBONE, SEEDS, CONTROL_SEEDS   what `make evidence` measures
 #   TORCH_INDEX_URL                          package index for torch, e.g. one with CPU wheels
 
@@ -19,10 +20,10 @@ STAGE_ARGUMENTS = $(RUN_ARGUMENTS) --iteration "$(or $(ITERATION),$(error ITERAT
 
 # The launchers use .venv; PYTHON is only for building it.
 unexport PYTHON
-export DRY_RUN METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL
+export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL
 
 .PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status report \
-  clean-run evidence tiny-janus tiny-bagel
+  clean-run evidence tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -42,7 +43,7 @@ test-slow: $(STAMP)  ## run the tests that take minutes
 lint: $(STAMP)  ## ruff, and shellcheck over the launchers
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	shellcheck -x launch/*.sh .ci/run
+	shellcheck -x launch/*.sh launch/slurm/submit.sh launch/slurm/stage.sbatch .ci/run
 
 format: $(STAMP)  ## format the Python files
 	$(PY) -m ruff check --fix .
@@ -86,3 +87,18 @@ tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about
 
 tiny-bagel: $(STAMP)  ## train the tiny BAGEL that ships with the package: about 20 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_bagel --out unified_rl/assets/tiny_bagel $(ARGS)
+
+slurm-loop: $(STAMP)  ## submit what is left of a run to SLURM: RUN=... RECIPE=... ARGS="key=value ... [--dry-run]"
+	@launch/slurm/submit.sh loop $(RUN_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+slurm-rollout: $(STAMP)  ## submit the rollout of one iteration to SLURM: RUN=... ITERATION=...
+	@launch/slurm/submit.sh rollout $(STAGE_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+slurm-reward: $(STAMP)  ## submit the reward of one iteration to SLURM: RUN=... ITERATION=...
+	@launch/slurm/submit.sh reward $(STAGE_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+slurm-train: $(STAMP)  ## submit the update of one iteration to SLURM: RUN=... ITERATION=...
+	@launch/slurm/submit.sh train $(STAGE_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+slurm-evaluate: $(STAMP)  ## submit the evaluation after ITERATION iterations to SLURM: RUN=... ITERATION=...
+	@launch/slurm/submit.sh evaluate $(STAGE_ARGUMENTS) $(RECIPE_ARGUMENTS)

@@ -25,7 +25,7 @@ from unified_rl.runtime import (
     stage_arguments,
 )
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID")
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +51,16 @@ def test_ranks_of_a_launcher_win_over_slurm(monkeypatch):
 
 
 def test_ranks_of_slurm(monkeypatch):
-    set_all(monkeypatch, SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_NTASKS="4")
+    set_all(monkeypatch, SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_NTASKS="4", SLURM_STEP_ID="0")
     assert current_ranks() == Ranks(3, 1, 4)
+
+
+@pytest.mark.parametrize("step", [None, "4294967291", "4294967290"])
+def test_a_batch_script_is_no_task_of_srun(monkeypatch, step):
+    set_all(monkeypatch, SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="8")
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+    assert current_ranks() == Ranks(0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +71,8 @@ def test_ranks_of_slurm(monkeypatch):
         ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2"),
         ({"RANK": "0", "LOCAL_RANK": "-1", "WORLD_SIZE": "2"}, "LOCAL_RANK=-1"),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
-        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "", "SLURM_NTASKS": "1"}, "SLURM_LOCALID=''"),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, "SLURM_LOCALID=''"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "x"}, "SLURM_STEP_ID='x'"),
     ],
 )
 def test_bad_ranks_name_the_variable(monkeypatch, values, named):

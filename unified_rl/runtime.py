@@ -27,6 +27,8 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, the same command continues
 
 PLAIN_LINE_SECONDS = 10.0
+# SLURM numbers the steps of srun from 0; a batch script and an interactive shell have numbers near 2**32, or none.
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -53,15 +55,24 @@ def _integer(variable: str) -> int:
         raise StageError(f"environment variable {variable}={value!r} is not a whole number") from None
 
 
+def in_srun_task() -> bool:
+    """Whether srun started this process: a batch script has SLURM_PROCID=0 too, but what it starts is alone."""
+    return (
+        "SLURM_PROCID" in os.environ
+        and "SLURM_STEP_ID" in os.environ
+        and _integer("SLURM_STEP_ID") < FIRST_SPECIAL_STEP
+    )
+
+
 def current_ranks() -> Ranks:
-    """Ranks from RANK/LOCAL_RANK/WORLD_SIZE, else from SLURM_PROCID/SLURM_LOCALID/SLURM_NTASKS, else 0/0/1.
+    """Ranks from RANK/LOCAL_RANK/WORLD_SIZE, else srun's SLURM_PROCID/SLURM_LOCALID/SLURM_NTASKS, else 0/0/1.
 
     Raises:
         StageError: a variable is missing, no number or out of range; the message names it.
     """
     if "RANK" in os.environ:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    elif "SLURM_PROCID" in os.environ:
+    elif in_srun_task():
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
     else:
         return Ranks(0, 0, 1)
@@ -104,7 +115,8 @@ def enable_determinism() -> None:
 class StopRequest:
     """Context manager: TERM, USR2 and INT set `.requested`, the stage ends after its current unit of work.
 
-    A second signal acts as if there were no handler. In forked children the signals keep their default
+    A second signal acts as if there were no handler, except USR2: that is a scheduler's warning, which may come
+    beside its TERM and never means "at once". In forked children the signals keep their default
     action, so that helpers die with the group.
     """
 
@@ -130,6 +142,8 @@ class StopRequest:
                 signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGUSR2 and os.getpid() == self._pid:
+            return
         if self.requested or os.getpid() != self._pid:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -15,6 +15,7 @@ from tests.launch.launching import ROOT
 TARGETS = [
     "help", "install", "test", "test-slow", "lint", "format", "demo", "loop", "rollout", "reward", "train", "evaluate",
     "export", "status", "report", "clean-run", "evidence", "tiny-janus", "tiny-bagel",
+    "slurm-loop", "slurm-rollout", "slurm-reward", "slurm-train", "slurm-evaluate",
 ]  # fmt: skip
 OURS = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RUN", "ARGS", "PYTHON")
 
@@ -72,6 +73,13 @@ def test_make_alone_prints_the_help() -> None:
         (["reward", "RUN=r", "ITERATION=0"], ['launch/reward.sh --run "r" --iteration "0"']),
         (["train", "RUN=r", "ITERATION=3"], ['launch/train.sh --run "r" --iteration "3"']),
         (["evaluate", "RUN=r", "ITERATION=3"], ['launch/evaluate.sh --run "r" --iteration "3"']),
+        (["slurm-loop", "RUN=my run", "RECIPE=gvu", "ARGS=--dry-run"],
+         ['launch/slurm/submit.sh loop --run "my run" --recipe "gvu" --dry-run']),
+        (["slurm-rollout", "RUN=r", "ITERATION=0"],
+         ['launch/slurm/submit.sh rollout --run "r" --iteration "0"']),
+        (["slurm-reward", "RUN=r", "ITERATION=0"], ['launch/slurm/submit.sh reward --run "r" --iteration "0"']),
+        (["slurm-train", "RUN=r", "ITERATION=3"], ['launch/slurm/submit.sh train --run "r" --iteration "3"']),
+        (["slurm-evaluate", "RUN=r", "ITERATION=3"], ['launch/slurm/submit.sh evaluate --run "r" --iteration "3"']),
         (["evidence", "SEEDS=5"], ['RUN="" launch/evidence.sh']),
         (["clean-run", "RUN=r"], ['RUN="r" launch/clean_run.sh']),
         (["status", "RUN=r"], ['.venv/bin/python -m unified_rl.ledger status "r"']),
