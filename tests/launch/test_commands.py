@@ -113,7 +113,7 @@ def test_help_is_the_header(name: str) -> None:
         assert word in result.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").rglob("*.sh")), ids=lambda p: p.name)
 def test_launcher_has_header_and_strict_mode(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert "set -euo pipefail" in lines

@@ -1,0 +1,118 @@
+"""Under a real SLURM: ranks inside tasks, order and failure of a chain, the stop before the time limit, requeues."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Cluster, wait_for
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+# Stands in for the interpreter: records how it was called, then does what the test's file `behaviour` says.
+STAGE = """#!/bin/bash
+echo "$2 RANK=$RANK LOCAL_RANK=$LOCAL_RANK WORLD_SIZE=$WORLD_SIZE MASTER=${MASTER_ADDR:-}:${MASTER_PORT:-} \\
+STEP=$SLURM_STEP_ID RESTART=${SLURM_RESTART_COUNT:-0} ITERATION=$6 RUN=$4" >>'FOLDER/calls'
+source 'FOLDER/behaviour'
+"""
+
+
+class Submission:
+    """A run whose stages are shell scripts of the test's making."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.run = folder / "a run's $(touch x)"
+        self.python = folder / "python"
+        self.python.write_text(STAGE.replace("FOLDER", str(folder)))
+        self.python.chmod(0o755)
+        self.behave(":")
+        self.site = {"PYTHON": str(self.python), "GPU_OPTION": "", "CPUS_PER_TASK": "1", "TIME": "00:05:00"}
+
+    def behave(self, script: str) -> None:
+        (self.folder / "behaviour").write_text(f"{script}\n")
+
+    def submit(self, *arguments: str, **site: str) -> dict[str, str]:
+        """Job ids by name."""
+        settings = self.folder / "site.env"
+        settings.write_text("".join(f"{key}='{value}'\n" for key, value in {**self.site, **site}.items()))
+        environment = {**self.cluster.environment, "PYTHON": sys.executable, "SLURM_SITE": str(settings)}
+        result = subprocess.run(
+            [str(ROOT / "launch" / "slurm" / "submit.sh"), arguments[0], "--run", str(self.run), *arguments[1:],
+             "--recipe", "gvu_janus_shapes", "rollout.workers=2", "reward.workers=2", "train.ranks=2", "iterations=1"],
+            env=environment, cwd=self.folder, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return {name: job for job, name in (line.split() for line in result.stdout.splitlines())}
+
+    def calls(self) -> list[str]:
+        path = self.folder / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in sorted((self.run / "slurm" / "logs").glob("*.out")))
+
+
+@pytest.fixture
+def submission(cluster: Cluster, tmp_path: Path) -> Submission:
+    return Submission(cluster, tmp_path)
+
+
+def test_the_loop_runs_in_order_with_the_ranks_of_each_stage(submission: Submission) -> None:
+    # The train stage leaves its commit mark, as the real one does.
+    mark = 'mkdir -p "$4/iter_0000/train"; touch "$4/iter_0000/train/manifest.json"'
+    submission.behave(f"if [[ $2 == unified_rl.train ]]; then {mark}; fi")
+    ids = submission.submit("loop", TRAIN_NODES="2")
+    for name, job in ids.items():
+        fields = submission.cluster.wait_state(job, DONE)
+        assert fields["JobState"] == "COMPLETED", (name, fields, submission.log())
+    calls = submission.calls()
+    modules = [line.split()[0].removeprefix("unified_rl.") for line in calls]
+    order = [module for module in modules if module != "evaluation"]
+    assert order == ["rollout"] * 2 + ["reward"] * 2 + ["train"] * 4 + ["report"]
+    assert all(line.endswith(f"RUN={submission.run}") for line in calls)
+    assert {line.split()[1] for line in calls if "rollout" in line.split()[0]} == {"RANK=0", "RANK=1"}
+    train = sorted(line.split()[1:5] for line in calls if ".train " in line)
+    assert [words[:3] for words in train] == [
+        [f"RANK={rank}", f"LOCAL_RANK={rank % 2}", "WORLD_SIZE=4"] for rank in range(4)
+    ]
+    assert len({words[3] for words in train}) == 1
+    assert train[0][3].startswith("MASTER=n1:2")
+    assert not (submission.folder / "x").exists()
+
+
+def test_what_follows_a_failure_never_starts(submission: Submission) -> None:
+    submission.behave("[[ $2 != unified_rl.rollout || $RANK != 1 ]] || exit 3")
+    ids = submission.submit("loop")
+    fields = submission.cluster.wait_state(ids["train-0000"], DONE)
+    assert fields["JobState"] == "CANCELLED"
+    assert not any("reward" in line or "train" in line for line in submission.calls())
+
+
+def test_a_stop_requeues_the_task_of_the_array_that_stopped(submission: Submission) -> None:
+    submission.behave(
+        "if [[ $RANK == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then trap 'exit 75' USR2\n"
+        "for ((i = 0; i < 600; i++)); do sleep .1; done; fi"
+    )
+    ids = submission.submit("rollout", "--iteration", "0")
+    job = f"{ids['rollout-0000']}_1"
+    wait_for(lambda: len(submission.calls()) == 2, 60, submission.log)
+    submission.cluster.call("scancel", "--batch", "--signal=USR2", job)
+    wait_for(lambda: len(submission.calls()) == 3, 200, lambda: submission.log() + submission.cluster.logs())
+    fields = submission.cluster.wait_state(job, ("COMPLETED", "FAILED"))
+    assert fields["JobState"] == "COMPLETED"
+    assert fields["Restarts"] == "1"
+    assert "RANK=1" in submission.calls()[2]
+
+
+def test_the_number_of_requeues_is_bounded(submission: Submission) -> None:
+    submission.behave("exit 75")
+    ids = submission.submit("reward", "--iteration", "0", MAX_REQUEUES="1")
+    fields = submission.cluster.wait_state(f"{ids['reward-0000']}_1", ("COMPLETED", "FAILED"), 250)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "75:0", "1")
+    assert len([line for line in submission.calls() if "RANK=1" in line]) == 2
+    assert "after 1 requeues" in submission.log()
