@@ -19,6 +19,8 @@ echo "$2 RANK=$RANK LOCAL_RANK=$LOCAL_RANK WORLD_SIZE=$WORLD_SIZE MASTER=${MASTE
 STEP=$SLURM_STEP_ID RESTART=${SLURM_RESTART_COUNT:-0} ITERATION=$6 RUN=$4" >>'FOLDER/calls'
 source 'FOLDER/behaviour'
 """
+# The train stage leaves its commit mark, as the real one does.
+MARK = 'mark=$4/iter_0000/train; [[ $2 != unified_rl.train ]] || { mkdir -p "$mark"; touch "$mark/manifest.json"; }'
 
 
 class Submission:
@@ -53,6 +55,9 @@ class Submission:
         path = self.folder / "calls"
         return path.read_text().splitlines() if path.exists() else []
 
+    def calls_of(self, stage: str) -> list[str]:
+        return [line for line in self.calls() if line.startswith(f"unified_rl.{stage} ")]
+
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted((self.run / "slurm" / "logs").glob("*.out")))
 
@@ -63,9 +68,7 @@ def submission(cluster: Cluster, tmp_path: Path) -> Submission:
 
 
 def test_the_loop_runs_in_order_with_the_ranks_of_each_stage(submission: Submission) -> None:
-    # The train stage leaves its commit mark, as the real one does.
-    mark = 'mkdir -p "$4/iter_0000/train"; touch "$4/iter_0000/train/manifest.json"'
-    submission.behave(f"if [[ $2 == unified_rl.train ]]; then {mark}; fi")
+    submission.behave(MARK)
     ids = submission.submit("loop", TRAIN_NODES="2")
     for name, job in ids.items():
         fields = submission.cluster.wait_state(job, DONE)
@@ -93,20 +96,23 @@ def test_what_follows_a_failure_never_starts(submission: Submission) -> None:
     assert not any("reward" in line or "train" in line for line in submission.calls())
 
 
-def test_a_stop_requeues_the_task_of_the_array_that_stopped(submission: Submission) -> None:
+def test_a_stop_requeues_one_task_and_the_chain_waits_for_it(submission: Submission) -> None:
     submission.behave(
-        "if [[ $RANK == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then trap 'exit 75' USR2\n"
-        "for ((i = 0; i < 600; i++)); do sleep .1; done; fi"
+        "if [[ $2 == unified_rl.rollout && $RANK == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then trap 'exit 75' USR2\n"
+        "for ((i = 0; i < 600; i++)); do sleep .1; done; fi\n" + MARK
     )
-    ids = submission.submit("rollout", "--iteration", "0")
+    ids = submission.submit("loop")
     job = f"{ids['rollout-0000']}_1"
-    wait_for(lambda: len(submission.calls()) == 2, 60, submission.log)
+    wait_for(lambda: len(submission.calls_of("rollout")) == 2, 60, submission.log)
     submission.cluster.call("scancel", "--batch", "--signal=USR2", job)
-    wait_for(lambda: len(submission.calls()) == 3, 200, lambda: submission.log() + submission.cluster.logs())
+    wait_for(
+        lambda: len(submission.calls_of("rollout")) == 3, 200, lambda: submission.log() + submission.cluster.logs()
+    )
     fields = submission.cluster.wait_state(job, ("COMPLETED", "FAILED"))
-    assert fields["JobState"] == "COMPLETED"
-    assert fields["Restarts"] == "1"
-    assert "RANK=1" in submission.calls()[2]
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
+    assert "RANK=1" in submission.calls_of("rollout")[2]
+    assert submission.cluster.wait_state(ids["report-0001"], DONE)["JobState"] == "COMPLETED"
+    assert len(submission.calls_of("train")) == 2
 
 
 def test_the_number_of_requeues_is_bounded(submission: Submission) -> None:
