@@ -27,9 +27,8 @@ def test_one_iteration_ends_with_a_report(launcher: str, cluster: Cluster, tmp_p
     pack = [sys.executable, str(ROOT / "data_tools/pack_prompts.py"), "--shapes", "train", "--out", str(prompts)]
     subprocess.run(pack, check=True, env=environment, capture_output=True)
     # The nodes n1 and n2 are names of SLURM only.
-    site.write_text(
-        f"GPU_OPTION=\nTRAIN_NODES=2\nTRAIN_LAUNCHER={launcher}\nSETUP='export MASTER_ADDR=127.0.0.1 PYTHONUNBUFFERED=1'\n"
-    )
+    setup = "SETUP='export MASTER_ADDR=127.0.0.1 PYTHONUNBUFFERED=1'"
+    site.write_text(f"GPU_OPTION=\nTRAIN_NODES=2\nTRAIN_LAUNCHER={launcher}\n{setup}\n")
     result = subprocess.run(
         [str(ROOT / "launch" / "slurm" / "submit.sh"), "loop", "--run", str(run), "--recipe", "gvu_janus_shapes",
          f"data.prompts={prompts}", *OVERRIDES],
