@@ -40,7 +40,7 @@ TASKS = {
     '--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --no_local_rank --quiet --module "${{@:2}}"',
     "torchrun": 'exec "$1" -m torch.distributed.run --nnodes {nodes} --nproc_per_node {ranks} '
     '--node_rank "$SLURM_PROCID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --max_restarts 0 '
-    '--module "${{@:2}}"',
+    '--module -- "${{@:2}}"',  # without `--` it takes our --run for one of its own, shortened
 }
 
 
