@@ -25,6 +25,8 @@ def truth(question):
         return answer
     if question.family == "counting":
         return COUNT_WORDS[sum(item.color == words[2] for *_, item in cells)]
+    if question.family == "number":
+        return COUNT_WORDS[sum(plural(item.shape) == words[2] for *_, item in cells)]
     if question.family == "relation":
         place = {item.shape: (row, column) for row, column, item in cells}
         (r1, c1), (r2, c2) = place[words[2]], place[words[-1]]

@@ -49,30 +49,11 @@ def test_what_is_no_object_counts_against_the_picture():
 
 def test_questions_and_replies_by_hand():
     assert ratings.global_question("a photo of a ring") == 'score the layout for "a photo of a ring"'
-    boxes = [ratings.cell_box(3), ratings.cell_box(0)]
-    assert ratings.local_question("a photo of a ring", boxes) == (
+    assert ratings.local_question("a photo of a ring", [3, 0]) == (
         'score the regions for "a photo of a ring": 1 (16, 16, 32, 32) 2 (0, 0, 16, 16)'
     )
     reply = ratings.local_reply(["red ring", "background"], [1.0, 0.0])
     assert reply == "Region 1\nObject: red ring\nScore: 1.0\nRegion 2\nObject: background\nScore: 0.0"
-    assert ratings.read_local(reply, 2) == [1.0, 0.0]
-    assert ratings.read_global(" Score: -0.6\n") == -0.6
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "",
-        "Region 1\nObject: ring\nScore: 1.0",  # of two
-        "Region 1\nObject: ring\nScore: 1.0\nRegion 1\nObject: ring\nScore: 1.0",
-        "Region 1\nObject: ring\nScore: 1.0\nRegion 2\nObject: ring",
-        "Region 1\nObject: ring\nScore: 1.0\nRegion 2\nObject: ring\nScore: 1.0\nRegion 3",
-        "Region 1\nObject: ring\nScore: 1.0\nRegion 2\nObject: ring\nScore: 1.0 and so on",
-    ],
-)
-def test_other_forms_are_not_read(reply):
-    assert ratings.read_local(reply, 2) is None
-    assert ratings.read_global(reply) is None
 
 
 def test_srum_reads_what_a_judge_is_taught():

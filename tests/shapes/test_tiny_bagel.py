@@ -12,14 +12,12 @@ from unified_rl.backbones.bagel.sequence import patchify
 from unified_rl.backbones.bagel.vae import diffusers_name
 from unified_rl.backbones.base import FlowTraj
 from unified_rl.config import ASSETS
-from unified_rl.reward import srum_parse, srum_prompts
-from unified_rl.shapes import measure, ratings, train_bagel, train_vae, train_vq
+from unified_rl.shapes import measure, train_bagel, train_vae, train_vq
 from unified_rl.shapes.questions import EASY
 from unified_rl.shapes.tiny_bagel import build_checkpoint
 from unified_rl.shapes.training import Phase
 
 FOLDER = ASSETS / "tiny_bagel"
-BOXES = [ratings.cell_box(cell) for cell in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +64,6 @@ def test_it_is_a_judge_of_scenes_and_of_its_own_drawings(backbone):
         assert values["parsed"] >= 0.99
         assert values["regions"] >= 0.85
         assert values["layout"] >= 0.85
-
-
-def test_srum_asks_and_reads_it(backbone):
-    torch.set_num_threads(1)
-    pictures, metadata = measure.drawings(backbone, 1, train_bagel.SAMPLING)
-    pictures, prompts = pictures[::8], [m["prompt"] for m in metadata[::8]]
-    seeds = [0] * len(prompts)
-    local = [srum_prompts.local_question(p, BOXES, 32, 32, wording="brief") for p in prompts]
-    assert local == [ratings.local_question(p, BOXES) for p in prompts]
-    for reply in backbone.rollout_text(pictures, local, seeds, 40, 0.0).texts:
-        scores = [score.score for score in srum_parse.parse_regions(reply, 4).values()]
-        assert scores == ratings.read_local(reply, 4)
-    whole = [srum_prompts.global_question(p, wording="brief") for p in prompts]
-    assert whole == [ratings.global_question(p) for p in prompts]
-    for reply in backbone.rollout_text(pictures, whole, seeds, 8, 0.0).texts:
-        assert srum_parse.parse_global(reply).score == ratings.read_global(reply)
 
 
 def test_the_autoencoder_loses_nothing(backbone):

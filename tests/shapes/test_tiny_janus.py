@@ -13,7 +13,8 @@ from unified_rl.backbones.janus import JanusBackbone
 from unified_rl.config import ASSETS
 from unified_rl.shapes import measure, train_janus, train_vision, train_vq, training
 from unified_rl.shapes.questions import EASY, HARD
-from unified_rl.shapes.tiny_janus import CODES, DESCRIBE, build_checkpoint
+from unified_rl.shapes.tiny_janus import CODES, build_checkpoint
+from unified_rl.shapes.vocabulary import DESCRIBE
 from unified_rl.shapes.world import Object, render
 
 FOLDER = ASSETS / "tiny_janus"

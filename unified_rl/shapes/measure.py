@@ -11,10 +11,11 @@ import torch
 
 from unified_rl.backbones.base import ReplaySettings
 from unified_rl.backbones.load import Backbone
+from unified_rl.reward.srum_parse import JudgeScore, parse_global, parse_regions
 from unified_rl.shapes import ratings
 from unified_rl.shapes.prompts import CATEGORIES, caption_pairs, prompt_records
 from unified_rl.shapes.questions import FAMILIES, make_questions
-from unified_rl.shapes.tiny_janus import DESCRIBE
+from unified_rl.shapes.vocabulary import DESCRIBE
 from unified_rl.shapes.world import is_correct, render
 
 BATCH = 64
@@ -83,25 +84,26 @@ def judging(backbone: Backbone, pictures: Sequence[np.ndarray], metadata: Sequen
     """How the backbone rates pictures of the world, asked for all cells in order and for the whole picture.
 
     Returns:
-        `parsed`: share of replies in the form asked for. Of those: `regions`: share of cells whose score has the sign
+        `parsed`: share of replies that are read in full. Of those: `regions`: share of cells whose score has the sign
         (positive, none, negative) of the true one; `layout`: share of pictures whose score has the right sign.
     """
-    boxes = [ratings.cell_box(cell) for cell in range(ratings.CELLS)]
+    asked = range(ratings.CELLS)
     parsed, regions, layout = [], [], []
     for start in range(0, len(pictures), BATCH):
         images, wanted = pictures[start : start + BATCH], metadata[start : start + BATCH]
         prompts = [m["prompt"] for m in wanted]
         seeds = [0] * len(prompts)
-        questions = [ratings.local_question(p, boxes) for p in prompts]
+        questions = [ratings.local_question(p, asked) for p in prompts]
         local = backbone.rollout_text(images, questions, seeds, 40, 0.0).texts
         whole = backbone.rollout_text(images, [ratings.global_question(p) for p in prompts], seeds, 8, 0.0).texts
         for image, truth, cells, score in zip(images, wanted, local, whole, strict=True):
-            found, score = ratings.read_local(cells, len(boxes)), ratings.read_global(score)
-            parsed += [found is not None, score is not None]
-            if found is not None:
-                regions += (np.sign(found) == np.sign(ratings.cell_scores(image, truth))).tolist()
-            if score is not None:
-                layout.append((score > 0) == is_correct(image, truth))
+            scores = [read.score for read in parse_regions(cells, len(asked)).values() if isinstance(read, JudgeScore)]
+            overall = parse_global(score)
+            parsed += [len(scores) == len(asked), isinstance(overall, JudgeScore)]
+            if len(scores) == len(asked):
+                regions += (np.sign(scores) == np.sign(ratings.cell_scores(image, truth))).tolist()
+            if isinstance(overall, JudgeScore):
+                layout.append((overall.score > 0) == is_correct(image, truth))
     return {"parsed": _mean(parsed), "regions": _mean(regions), "layout": _mean(layout)}
 
 

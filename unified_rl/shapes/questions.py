@@ -1,4 +1,4 @@
-"""Questions about scenes with exact answers, in three easy and three hard families, answers balanced."""
+"""Questions about scenes with exact answers, in three easy and four hard families, answers balanced."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unified_rl.shapes.prompts import CELLS, random_object
+from unified_rl.shapes.prompts import CELLS, plural, random_object
 from unified_rl.shapes.world import COLORS, GRID, RELATIONS, SHAPES, Detection, Object, Scene, related
 
 COUNT_WORDS = ("zero", "one", "two", "three", "four")
@@ -68,6 +68,14 @@ def _counting(rng: random.Random) -> tuple[Scene, str, str]:
     return _place(rng, objects), f"how many {color} objects are there?", COUNT_WORDS[count]
 
 
+def _number(rng: random.Random) -> tuple[Scene, str, str]:
+    shape, count = rng.choice(SHAPES), rng.randint(0, CELLS)
+    others = [s for s in SHAPES if s != shape]
+    objects = [random_object(rng, shape) for _ in range(count)]
+    objects += [random_object(rng, rng.choice(others)) for _ in range(rng.randint(max(0, 2 - count), CELLS - count))]
+    return _place(rng, objects), f"how many {plural(shape)} are there?", COUNT_WORDS[count]
+
+
 def _relation(rng: random.Random) -> tuple[Scene, str, str]:
     relation = rng.choice(RELATIONS)
     wanted = rng.random() < 0.5
@@ -107,11 +115,12 @@ FAMILIES: dict[str, Callable[[random.Random], tuple[Scene, str, str]]] = {
     "color": _color,
     "shape": _shape,
     "counting": _counting,
+    "number": _number,
     "relation": _relation,
     "comparison": _comparison,
 }
 EASY = ("existence", "color", "shape")
-HARD = ("counting", "relation", "comparison")
+HARD = ("counting", "number", "relation", "comparison")
 
 
 def make_question(family: str, rng: random.Random) -> Question:

@@ -14,7 +14,6 @@ For the whole picture: 0.95 when the prompt is satisfied; otherwise from -0.9, n
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +42,6 @@ BLUR, BACKGROUND = "blur", "background"
 SERVES, ASTRAY, UNASKED, EMPTY = 1.0, -0.5, -0.9, 0.0
 SATISFIED, WORST, NEARLY = 0.95, -0.9, -0.3
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels, x2 and y2 just outside
-_REGION = re.compile(r"Region ([0-9]+)\nObject: ([a-z ]+)\nScore: (-?[01]\.[0-9]+)")
-_GLOBAL = re.compile(r"Score: (-?[01]\.[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,9 @@ def global_question(prompt: str) -> str:
     return srum_prompts.global_question(prompt, "brief")
 
 
-def local_question(prompt: str, boxes: Sequence[Box]) -> str:
-    """SRUM's brief question for one score of each box."""
+def local_question(prompt: str, cells: Sequence[int]) -> str:
+    """SRUM's brief question for one score of each cell."""
+    boxes = [cell_box(cell) for cell in cells]
     return srum_prompts.local_question(prompt, boxes, IMAGE_SIZE, IMAGE_SIZE, wording="brief")
 
 
@@ -85,20 +83,6 @@ def local_reply(names: Sequence[str], scores: Sequence[float]) -> str:
     """The answer to `local_question`."""
     named = enumerate(zip(names, scores, strict=True), 1)
     return "\n".join(f"Region {i}\nObject: {name}\nScore: {score}" for i, (name, score) in named)
-
-
-def read_global(reply: str) -> float | None:
-    """The score of a reply in exactly the form of `global_reply`."""
-    found = _GLOBAL.fullmatch(reply.strip())
-    return float(found[1]) if found else None
-
-
-def read_local(reply: str, count: int) -> list[float] | None:
-    """The scores of a reply in exactly the form of `local_reply` with `count` regions."""
-    found = [_REGION.fullmatch(part) for part in re.split(r"\n(?=Region)", reply.strip())]
-    if None in found or [int(match[1]) for match in found] != list(range(1, count + 1)):
-        return None
-    return [float(match[3]) for match in found]
 
 
 # ---- the rule -------------------------------------------------------------------------------------------------------
@@ -223,5 +207,5 @@ def rate_regions(rng: random.Random, scattered: bool = False) -> Rating:
     cells = tuple(rng.sample(range(CELLS), rng.randint(1, CELLS)) if scattered else range(CELLS))
     names, scores = names_of(image), cell_scores(image, metadata)
     answer = local_reply([names[cell] for cell in cells], [scores[cell] for cell in cells])
-    question = local_question(metadata["prompt"], [cell_box(cell) for cell in cells])
+    question = local_question(metadata["prompt"], cells)
     return Rating(image, metadata, cells, question, answer)

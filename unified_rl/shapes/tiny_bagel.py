@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -16,58 +14,22 @@ from unified_rl.backbones.bagel.config import BagelConfig, LanguageConfig, Visio
 from unified_rl.backbones.bagel.inputs import SETTINGS
 from unified_rl.backbones.bagel.loading import WEIGHTS
 from unified_rl.backbones.bagel.model import BagelModel
-from unified_rl.shapes.prompts import all_metadata
-from unified_rl.shapes.questions import COUNT_WORDS, LOOKUPS, TABLES, make_questions, make_table
-from unified_rl.shapes.ratings import rate_layout, rate_regions
-from unified_rl.shapes.tiny_janus import DESCRIBE, PATCH
+from unified_rl.shapes.tiny_janus import PATCH
 from unified_rl.shapes.train_vae import CELLS_A_SIDE, CHANNELS, build_vae, save_vae
-from unified_rl.shapes.world import COLORS, IMAGE_SIZE, SHAPES
+from unified_rl.shapes.vocabulary import corpus, train_bpe
+from unified_rl.shapes.world import IMAGE_SIZE
 
-VOCABULARY = 768  # enough merges to make every word, number and label of the world one token
 HIDDEN = 160
 START, END, VISION_START, VISION_END = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
 PAD = "<|endoftext|>"
-# Words with the line break and colon of a label, numbers with their sign and the brackets of a box, all else alone.
-PIECES = r"\n?[ ]?\p{L}+:?|[ ]?\(?-?[0-9]+(?:\.[0-9]+)?[,)]?|[ ]?[^\s\p{L}0-9]+|\s"
 WEIGHT_SPREAD, EMBEDDING_SPREAD = 0.05, 0.5  # of random weights; position tables have entries up to 1
 LATENT_PATCH = 2
 
 
-def corpus() -> list[str]:
-    """Every sentence form of the world, for the tokenizer's merges."""
-    rng = random.Random("corpus")
-    lines = [m["prompt"] for items in all_metadata().values() for m in items[:120]]
-    lines += [q.question for q in make_questions(0, 120)] + [DESCRIBE] * 40
-    tables = [make_table(rng, kinds) for kinds in (LOOKUPS, TABLES) for _ in range(100)]
-    lines += [text for table in tables for text in (table.question, table.answer)]
-    lines += [*COUNT_WORDS, "yes", "no", *SHAPES, *COLORS] * 20
-    ratings = [made(rng) for made in (rate_regions, rate_layout) for _ in range(200)]
-    lines += [text for rating in ratings for text in (rating.question, rating.answer)]
-    # Numbers that no rating of a grid's cells holds, so that other boxes and scores are short too.
-    lines += [f"1 ({n}, {n}, {n}, {n}) 2" for n in range(IMAGE_SIZE + 1)] * 10
-    lines += [f"Score: {sign}{n / 10}" for sign in ("", "-") for n in range(11)] * 10
-    return lines
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE on `corpus()` with BAGEL's special tokens; nothing is prepended."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[PAD, START, END, VISION_START, VISION_END],
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    bpe.train_from_iterator(corpus(), trainer)
+    """The world's words with BAGEL's special tokens; nothing is prepended."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=train_bpe(corpus(), [PAD, START, END, VISION_START, VISION_END]),
         eos_token=END,
         pad_token=PAD,
         extra_special_tokens=[START, END, VISION_START, VISION_END],

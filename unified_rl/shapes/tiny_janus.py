@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     GenerationConfig,
@@ -23,16 +22,13 @@ from transformers import (
 )
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
-from unified_rl.shapes.prompts import all_metadata
-from unified_rl.shapes.questions import COUNT_WORDS, make_questions
-from unified_rl.shapes.world import COLORS, IMAGE_SIZE, SHAPES
+from unified_rl.shapes.vocabulary import corpus, train_bpe
+from unified_rl.shapes.world import IMAGE_SIZE
 
 TOKENS_A_SIDE = 4
 PATCH = IMAGE_SIZE // TOKENS_A_SIDE
-VOCABULARY = 640  # enough merges to make every word of the world one token
 CODES = 145  # one for each distinct 8x8 patch of the world
 HIDDEN = 160
-DESCRIBE = "Describe the image in detail."
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 IMAGE, IMAGE_START, IMAGE_END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
 CHAT_TEMPLATE = (
@@ -47,30 +43,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def corpus() -> list[str]:
-    """Every sentence form of the world inside the chat format, for the tokenizer's merges."""
-    prompts = [m["prompt"] for items in all_metadata().values() for m in items[:120]]
-    questions = [q.question for q in make_questions(0, 120)]
-    answers = [*COUNT_WORDS, "yes", "no", *SHAPES, *COLORS] * 20
-    lines = [f"<|User|>: {text}\n\n<|Assistant|>:" for text in prompts]
-    lines += [f"<|User|>: \n{text}\n\n<|Assistant|>: yes" for text in [*questions, DESCRIBE]]
-    lines += [f"<|User|>: \n{DESCRIBE}\n\n<|Assistant|>: {text}" for text in prompts]
-    return lines + [f"<|Assistant|>: {answer}" for answer in answers]
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE on `corpus()` with Janus's special tokens; BOS is prepended, padding is on the left."""
-    specials = [BOS, EOS, PAD, IMAGE, IMAGE_START, IMAGE_END]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=specials,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    bpe.train_from_iterator(corpus(), trainer)
+    """The world's words with Janus's special tokens; BOS is prepended, padding is on the left."""
+    user, assistant = "<|User|>: ", "\n\n<|Assistant|>:"
+    lines = corpus(f"{user}{{}}{assistant}", f"{user}\n{{}}{assistant}", "<|Assistant|>: {}")
+    bpe = train_bpe(lines, [BOS, EOS, PAD, IMAGE, IMAGE_START, IMAGE_END])
     bpe.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -83,7 +60,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
-    """Janus-Pro's architecture at width 160: about 2.7 M parameters."""
+    """Janus-Pro's architecture at width 160: about 2.8 M parameters."""
     return JanusConfig(
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),

@@ -15,11 +15,11 @@ import torch
 
 from unified_rl.backbones.base import Sampling, TokenTraj
 from unified_rl.backbones.janus import JanusBackbone
-from unified_rl.shapes import measure, training
+from unified_rl.shapes import training
 from unified_rl.shapes.tiny_janus import build_checkpoint
-from unified_rl.shapes.train_vision import PROPERTIES, STEPS, train_vision, word_vectors
+from unified_rl.shapes.train_vision import PLACES, PROPERTIES, STEPS, train_vision, word_vectors
 from unified_rl.shapes.train_vq import start_codes_alike, train_vq, true_codes
-from unified_rl.shapes.training import Phase, Settings, drawing_batch, optimise, reading_batch
+from unified_rl.shapes.training import Phase, Settings, drawing_batch, optimise, reading_losses
 
 
 def name_patches(backbone: JanusBackbone, seed: int, log: Callable[[str], None], steps: int = STEPS) -> None:
@@ -29,7 +29,7 @@ def name_patches(backbone: JanusBackbone, seed: int, log: Callable[[str], None],
     train_vision(
         lambda pixels: inner.aligner(inner.vision_model(pixels).last_hidden_state),
         [*inner.vision_model.parameters(), *inner.aligner.parameters()],
-        [word_vectors(words, backbone.tokenizer, names) for names in PROPERTIES],
+        [word_vectors(words, backbone.tokenizer, names) for names in (*PROPERTIES, *PLACES)],
         seed,
         log,
         steps,
@@ -37,15 +37,14 @@ def name_patches(backbone: JanusBackbone, seed: int, log: Callable[[str], None],
 
 
 def losses(backbone: JanusBackbone, settings: Settings, phase: Phase, rng: random.Random) -> dict[str, torch.Tensor]:
-    """Mean negative log-likelihoods (nats per token) of drawn codes (0 without drawings) and of written answers."""
+    """Nats per token of drawn codes (0 without drawings), and of answers to questions and to the judge's questions."""
     draw = torch.zeros(())
     if phase.drawings:
         prompts, pictures, hidden = drawing_batch(settings, phase.drawings, rng)
         codes = true_codes(pictures)
         pictures_drawn = TokenTraj(codes, torch.zeros(codes.shape))
         draw = backbone.cell_losses(prompts, pictures_drawn, [], dropped=hidden).mean()
-    score = backbone.text_logps(*reading_batch(settings, phase, rng), end_of_turn=True)
-    return {"drawing": draw, "reading": -(score.log_probs * score.mask).sum() / score.mask.sum()}
+    return {"drawing": draw, **reading_losses(backbone, settings, phase, rng)}
 
 
 def train_joint(backbone: JanusBackbone, settings: Settings, log: Callable[[str], None]) -> None:
@@ -55,7 +54,7 @@ def train_joint(backbone: JanusBackbone, settings: Settings, log: Callable[[str]
     model.model.vqmodel.requires_grad_(False)
 
     def check() -> None:
-        log(measure.one_line(measure.abilities(backbone, Sampling(), questions=60, captions=96, samples=1)))
+        training.report(backbone, Sampling(), log, questions=60, captions=96, samples=1, scenes=60)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimise(parameters, settings, lambda phase: losses(backbone, settings, phase, rng), check, log)
@@ -73,9 +72,7 @@ def make(folder: Path, settings: Settings, log: Callable[[str], None]) -> None:
     train_joint(backbone, settings, log)
     backbone.model.half().save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
-    log(
-        measure.one_line(measure.abilities(JanusBackbone.from_pretrained(folder), Sampling()))
-    )  # rounded, as it will be read
+    training.report(JanusBackbone.from_pretrained(folder), Sampling(), log)  # rounded, as it will be read
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,9 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from unified_rl.backbones.base import ReplaySettings
+from unified_rl.backbones.load import Backbone
+from unified_rl.reward.self_consistency_prompts import FRAMINGS, solver_question
+from unified_rl.shapes import measure
 from unified_rl.shapes.prompts import all_metadata, random_metadata, scene_for
+from unified_rl.shapes.proposing import drawing_task, proposal
 from unified_rl.shapes.questions import LOOKUPS, TABLES, make_question, make_table
-from unified_rl.shapes.tiny_janus import DESCRIBE
+from unified_rl.shapes.ratings import rate_layout, rate_regions
+from unified_rl.shapes.vocabulary import DESCRIBE
 from unified_rl.shapes.world import render
 
 CHECK_EVERY = 250  # steps
@@ -30,6 +36,7 @@ class Phase:
     """A stretch of joint training: how many steps, and what each of them holds.
 
     Attributes:
+        proposals, tasks: of the Proposer: to ask a question, and to write a drawing task.
         layouts, regions, scattered: questions of the judge about whole pictures, about all of their cells in order, and
             about some cells in any order.
     """
@@ -40,6 +47,8 @@ class Phase:
     questions: int = 0
     tables: int = 0
     lookups: int = 0
+    proposals: int = 0
+    tasks: int = 0
     layouts: int = 0
     regions: int = 0
     scattered: int = 0
@@ -53,12 +62,18 @@ class Settings:
     learning_rate: float = 1.0e-3
     warmup: int = 40  # steps
     decay: float = 0.6  # share of all steps, at the end, over which the rate falls to zero
-    # Single look-ups first, then single questions, which build on them; then drawing, by a model that reads.
+    # Regions first: after look-ups a model of this size hardly learns to find the cell that a box names. Single
+    # look-ups before single questions, which build on them; then drawing, by a model that reads.
     phases: tuple[Phase, ...] = (
-        Phase(steps=150, lookups=48),
-        Phase(steps=350, questions=32, tables=16),
-        Phase(steps=1500, drawings=52, captions=8, questions=16, tables=4),
-    )
+        Phase(steps=100, regions=28),
+        Phase(steps=200, lookups=36, regions=12),
+        Phase(steps=300, questions=24, tables=12, proposals=3, tasks=2, layouts=6, regions=8, scattered=4),
+        Phase(
+            steps=1500, drawings=52, captions=8, questions=16, tables=4, proposals=3, tasks=2, layouts=4, regions=5,
+            scattered=3,
+        ),
+    )  # fmt: skip
+    rating_weight: float = 2.0  # most tokens of a rating are its form, which is soon known
     wrong_drawing_captions: float = 0.25  # share of drawings whose caption belongs to another picture, as on the web
     hidden_drawing_captions: float = 0.1  # for classifier-free guidance
     # How often each category is drawn; colours are learnt last.
@@ -76,6 +91,7 @@ class Settings:
         ("color", 0.8),
         ("shape", 0.8),
         ("counting", 0.4),
+        ("number", 0.4),
         ("relation", 0.6),
         ("comparison", 0.4),
     )
@@ -94,7 +110,7 @@ def drawing_batch(settings: Settings, count: int, rng: random.Random) -> tuple[l
 def reading_batch(
     settings: Settings, phase: Phase, rng: random.Random
 ) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """Pictures, questions and answers: captions first, then questions, then tables and look-ups."""
+    """Pictures, questions and answers: captions, questions in any framing, tables and look-ups, the Proposer's."""
     families, weights = zip(*settings.family_weights, strict=True)
     images, questions, answers = [], [], []
     for _ in range(phase.captions):
@@ -102,14 +118,41 @@ def reading_batch(
         images.append(render(scene_for(metadata, rng)))
         questions.append(DESCRIBE)
         answers.append(metadata["prompt"])
-    asked_questions = [make_question(family, rng) for family in rng.choices(families, weights, k=phase.questions)]
+    asked_questions = []
+    for family in rng.choices(families, weights, k=phase.questions):
+        asked = make_question(family, rng)
+        framing = rng.randrange(len(FRAMINGS["brief"]))
+        asked_questions.append(replace(asked, question=solver_question(asked.question, framing, "brief")))
     asked_questions += [make_table(rng, TABLES) for _ in range(phase.tables)]
     asked_questions += [make_table(rng, LOOKUPS) for _ in range(phase.lookups)]
+    asked_questions += [proposal(rng) for _ in range(phase.proposals)] + [drawing_task(rng) for _ in range(phase.tasks)]
     for asked in asked_questions:
         images.append(render(asked.scene))
         questions.append(asked.question)
         answers.append(asked.answer)
     return images, questions, answers
+
+
+def answering_loss(
+    backbone: Backbone, images: Sequence[np.ndarray], questions: Sequence[str], answers: Sequence[str]
+) -> torch.Tensor:
+    """Mean negative log-likelihood of the answers' tokens and of their ends, nats."""
+    score = backbone.text_logps(images, questions, answers, end_of_turn=True)
+    return -(score.log_probs * score.mask).sum() / score.mask.sum()
+
+
+def reading_losses(backbone: Backbone, settings: Settings, phase: Phase, rng: random.Random) -> dict[str, torch.Tensor]:
+    """Losses of answers to questions, and to the judge's; 0 for what the phase lacks."""
+    read = rate = torch.zeros(())
+    asked = reading_batch(settings, phase, rng)
+    if asked[0]:
+        read = answering_loss(backbone, *asked)
+    made = [rate_layout(rng) for _ in range(phase.layouts)]
+    made += [rate_regions(rng, i >= phase.regions) for i in range(phase.regions + phase.scattered)]
+    if made:
+        columns = zip(*((r.image, r.question, r.answer) for r in made), strict=True)
+        rate = settings.rating_weight * answering_loss(backbone, *columns)
+    return {"reading": read, "rating": rate}
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
@@ -146,6 +189,22 @@ def optimise(
             log(f"joint step {step}/{len(plan)} {shown}")
         if step % CHECK_EVERY == 0 and step < len(plan):
             check()
+
+
+def report(
+    backbone: Backbone,
+    sampling: ReplaySettings,
+    log: Callable[[str], None],
+    questions: int = 200,
+    captions: int = 600,
+    samples: int = 4,
+    scenes: int = 600,
+) -> None:
+    """Log what a checkpoint can do; see `measure` for the counts, of which `samples` are pictures of a prompt."""
+    log(measure.one_line(measure.abilities(backbone, sampling, questions, captions, samples)))
+    log("rating scenes: " + measure.one_line(measure.ratings_of_scenes(backbone, 7, scenes)))
+    drawn = measure.judging(backbone, *measure.drawings(backbone, 1, sampling))
+    log("rating its own pictures: " + measure.one_line(drawn))
 
 
 S = TypeVar("S", bound=Settings)
