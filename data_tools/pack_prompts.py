@@ -12,7 +12,8 @@ import hashlib
 from pathlib import Path
 
 from unified_rl.manifests import LedgerError, Manifest, read_manifest, strict_json, write_manifest
-from unified_rl.records import PROMPT_ID, PromptRecord, RecordError
+from unified_rl.record_parts import PROMPT_ID, RecordError
+from unified_rl.records import PromptRecord
 from unified_rl.runtime import EXIT_OK, StageError, log, run_stage, set_stage
 from unified_rl.shards import load_prompts, write_records
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unified_rl import records
 from unified_rl.backbones.base import FlowTraj, TokenTraj
-from unified_rl.records import PromptRecord, RecordError, RewardRecord, RolloutRecord, sample_key
+from unified_rl.record_parts import RecordError, sample_key
+from unified_rl.records import PromptRecord, RewardRecord, RolloutRecord
 
 
 def image_of(height=4, width=5):
@@ -79,7 +79,7 @@ def test_sample_key():
 
 def test_longest_key_fits_a_plain_tar_name():
     key = sample_key("a" * 80, 10**6 - 1)
-    assert records.KEY.fullmatch(key)
+    assert record_parts.KEY.fullmatch(key)
     assert len(f"{key}.safetensors") <= 100
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from unified_rl import records
-from unified_rl.records import RecordError, decode_png
+from unified_rl.record_parts import RecordError, decode_png
 
 
 def image_of(height=4, width=5):

@@ -17,7 +17,8 @@ import webdataset
 from unified_rl import shards
 from unified_rl.files import sha256_file
 from unified_rl.manifests import Manifest, ShardInfo, write_manifest
-from unified_rl.records import PromptRecord, RecordError, RewardRecord, RolloutRecord
+from unified_rl.record_parts import RecordError
+from unified_rl.records import PromptRecord, RewardRecord, RolloutRecord
 from unified_rl.shards import (
     ShardError,
     load_prompts,

@@ -18,7 +18,10 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_PACKAGE_LINES = 18_000
 
-FOUNDATION = {"__init__", "config", "files", "ledger", "manifests", "records", "runtime", "shards", "status"}
+FOUNDATION = {
+    "__init__", "config", "config_checks", "files", "inquiries", "ledger", "manifests", "record_parts", "records",
+    "runtime", "shards", "status",
+}  # fmt: skip
 # Loading partitioned weights is below the train stage, which knows everything else about DeepSpeed.
 DEEPSPEED = (PACKAGE / "train" / "zero3.py", PACKAGE / "backbones" / "partitioned.py")
 # What a part may import besides itself; the stage parts and the launchers' helper stand above everything.

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from unified_rl.config_checks import ConfigError, check_config
 from unified_rl.files import atomic_write_bytes
 
 RECIPES = Path(__file__).parent / "recipes"
 ASSETS = Path(__file__).parent / "assets"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and the remedy."""
 
 
 @dataclass
@@ -41,10 +37,11 @@ class BackboneConfig:
 
 @dataclass
 class DataConfig:
-    """Prompts of the run: a folder of prompt shards with its manifest (see data_tools/pack_prompts.py)."""
+    """What the run learns from: folders of shards with their manifests."""
 
-    prompts: str = MISSING
-    prompts_per_iteration: int = 64
+    prompts: str = MISSING  # see data_tools/pack_prompts.py; not read by method self_consistency
+    images: str = ""  # see data_tools/pack_images.py; of method self_consistency
+    prompts_per_iteration: int = 64  # or images
 
 
 @dataclass
@@ -103,7 +100,8 @@ class SrumConfig:
 class RewardConfig:
     """Scores of the images under the judge."""
 
-    method: str = "gvu"  # gvu: likelihood of the prompt (section 3.2) | srum: global and regional scores
+    # gvu: likelihood of the prompt (section 3.2) | srum: global and regional scores | self_consistency: three roles
+    method: str = "gvu"
     srum: SrumConfig = field(default_factory=SrumConfig)
     judge: str = "frozen"  # frozen: the base weights; live: the policy that drew the images
     question: str = "Describe the image in detail."
@@ -111,6 +109,41 @@ class RewardConfig:
     batch_size: int = 32
     workers: int = 1
     max_failed_share: float = 0.05  # of groups; above it the stage stops
+
+
+@dataclass
+class SelfConsistencyConfig:
+    """Ask-Solve-Generate: what Proposer and Solver are asked, and how they learn; read by reward.method alone."""
+
+    preset: str = "self_consistency"  # self_consistency: the paper; self_consistency_release: the published code
+    wording: str = "full"  # of all questions; brief: for models that were taught it
+    understanding: int = 3  # iterations of a cycle in which Proposer and Solver learn; 0: the Generator alone
+    generation: int = 2  # iterations after them in which the Generator learns; 0: never
+    questions: int = 3  # K that the Proposer writes on an image
+    answers: int = 7  # N framings of a question whose answers vote
+    token_entropy: bool = True  # false, a control: a question earns its agreement score alone
+    running_target: bool = False  # the vote entropy that is wanted follows those of the past, instead of .90
+    train_proposer: bool = True  # false, a control: the Proposer stays as it is
+    hard_share: float = 0.3  # of images asked about with difficulty hard; medium the rest
+    references: int = 7  # framings of a check question on the real image, whose majority is the reference
+    reference_share: float = 0.6  # of the vote that a reference must have
+    pairs: int = 3  # check questions of a drawing task
+    min_pairs: int = 2  # that must be reliable
+    min_quality: float = 0.35  # of a drawing task
+    task_retries: int = 2  # further attempts at a drawing task
+    fidelity_samples: int = 1  # answers to a check question on a drawing; 1: greedy
+    proposer_temperature: float = 1.0
+    proposer_tokens: int = 384  # longest reply with a question
+    task_tokens: int = 512  # longest reply with a drawing task
+    solver_temperature: float = 0.7
+    solver_top_p: float = 0.95
+    solver_tokens: int = 96
+    caption_tokens: int = 64
+    solver_groups_per_step: int = 8  # questions, of N answers each, in one optimiser step of the Solver
+    proposer_learning_rate: float = 1.0e-6
+    solver_learning_rate: float = 1.0e-6  # the Generator has train.learning_rate
+    kl_target: float = 0.02  # nats a token, to which Proposer's and Solver's coefficients are steered
+    kl_rate: float = 0.1
 
 
 @dataclass
@@ -187,68 +220,10 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    self_consistency: SelfConsistencyConfig = field(default_factory=SelfConsistencyConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-MAX_REGIONS = 256  # of an image
-TOKEN_FAMILIES = ("janus",)  # draw tokens; all others draw by a flow
-CHOICES = {
-    "backbone.family": ("janus", "bagel"),
-    "backbone.dtype": ("float32", "bfloat16"),
-    "reward.method": ("gvu", "srum"),
-    "reward.srum.preset": ("srum", "srum_release"),
-    "reward.srum.regions": ("grid", "components", "sam", "file"),
-    "reward.srum.wording": ("full", "brief"),
-    "reward.judge": ("frozen", "live"),
-    "reward.domain": ("probability", "log"),
-    "rollout.flow.renorm": ("global", "channel", "none"),
-    "policy.objective": ("grpo", "reward_weighted"),
-    "policy.control": ("none", "shuffled", "constant"),
-    "train.scope": ("lora", "full"),
-    "train.old_log_probs": ("rollout", "recomputed"),
-}
-AT_LEAST = {
-    "iterations": 1,
-    "backbone.threads": 1,
-    "data.prompts_per_iteration": 1,
-    "rollout.group_size": 1,
-    "rollout.flow.steps": 1,
-    "rollout.plan_tokens": 1,
-    "rollout.groups_per_batch": 1,
-    "rollout.groups_per_shard": 1,
-    "rollout.workers": 1,
-    "reward.batch_size": 1,
-    "reward.srum.grid_rows": 1,
-    "reward.srum.grid_columns": 1,
-    "reward.srum.max_new_tokens_global": 1,
-    "reward.srum.max_new_tokens_local": 1,
-    "reward.srum.retries": 0,
-    "reward.workers": 1,
-    "train.ranks": 1,
-    "train.groups_per_step": 1,
-    "train.epochs": 1,
-    "train.micro_batch": 1,
-    "train.keep_checkpoints": 1,
-    "policy.steps_per_update": 0,
-    "policy.reference_weight": 0,
-    "rollout.flow.eta": 0,
-    "evaluate.flow_steps": 0,
-    "evaluate.samples_per_prompt": 1,
-    "evaluate.batch_size": 1,
-    "evaluate.bootstrap": 1,
-}
-ABOVE_ZERO = (
-    "rollout.temperature",
-    "rollout.flow.shift",
-    "reward.srum.retry_temperature",
-    "train.learning_rate",
-    "policy.clip_low",
-    "policy.clip_high",
-    "policy.advantage_limit",
-    "policy.flow_shift",
-)
 
 
 def keys_of(schema: type, prefix: str = "") -> list[str]:
@@ -327,56 +302,17 @@ def resolve(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConf
 
 def validate(config: DictConfig) -> RunConfig:
     """Check values and combinations; return the plain dataclass."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"no value for {', '.join(missing)}; set it in the recipe or as key=value")
-    for key, allowed in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value not in allowed:
-            raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}")
-    for key, least in AT_LEAST.items():
-        value = OmegaConf.select(config, key)
-        if not least <= value < math.inf:
-            raise ConfigError(f"{key}={value} must be at least {least} and finite")
-    for key in ABOVE_ZERO:
-        value = OmegaConf.select(config, key)
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{key}={value} must be above 0 and finite")
-    for key in ("reward.max_failed_share", "policy.hidden_prompts"):
-        if not 0 <= OmegaConf.select(config, key) <= 1:
-            raise ConfigError(f"{key}={OmegaConf.select(config, key)} must lie in 0..1")
-    if config.policy.clip_low >= 1:
-        raise ConfigError(f"policy.clip_low={config.policy.clip_low} must be below 1: the ratio is positive")
-    _check_combinations(config)
+    check_config(config)
     return OmegaConf.to_object(config)
 
 
-def _check_combinations(config: DictConfig) -> None:
-    """Settings that are possible one by one, but not together."""
-    grpo, groups = config.policy.objective == "grpo", config.rollout.group_size
-    if groups < 2 and (grpo or config.reward.method == "gvu"):
-        raise ConfigError(f"rollout.group_size={groups} must be at least 2: rewards are compared within a group")
-    if grpo and config.policy.control == "constant":
-        raise ConfigError("policy.control=constant is a control of policy.objective=reward_weighted")
-    srum = config.reward.srum
-    for key, source in (("boxes_file", "file"), ("sam_path", "sam")):
-        if bool(srum[key]) != (srum.regions == source):
-            raise ConfigError(
-                f"reward.srum.{key}={srum[key]!r} and reward.srum.regions={srum.regions} do not fit: "
-                f"{source} needs it, the others must not have it"
-            )
-    if srum.regions == "grid" and srum.grid_rows * srum.grid_columns > MAX_REGIONS:
-        raise ConfigError(f"reward.srum: a grid of {srum.grid_rows} x {srum.grid_columns} has over {MAX_REGIONS} cells")
-    if config.backbone.family in TOKEN_FAMILIES:
-        if config.rollout.think:
-            raise ConfigError(f"rollout.think=true: {config.backbone.family} cannot draw from a written plan")
-        return
-    if config.rollout.temperature != 1:
-        raise ConfigError(f"rollout.temperature={config.rollout.temperature}: {config.backbone.family} has none, set 1")
-    if grpo and not config.rollout.flow.eta > 0:
-        raise ConfigError(
-            "rollout.flow.eta=0 draws by the ODE, which policy.objective=grpo cannot train; set it above 0"
-        )
+def loop_of(config: RunConfig, iteration: int) -> str:
+    """`understanding` or `generation`: which roles an iteration trains; empty for methods without roles."""
+    ours = config.self_consistency
+    if config.reward.method != "self_consistency":
+        return ""
+    place = iteration % (ours.understanding + ours.generation)
+    return "understanding" if place < ours.understanding else "generation"
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,232 +1,40 @@
-"""The records on disk: what a prompt, a rollout and a reward are, and how each is checked when read.
+"""The records on disk: what prompts, images, rollouts and rewards are, and how each is checked when read.
 
-Every record is one webdataset sample: `.json` (with `schema`), and for rollouts and rewards `.safetensors` and
-`.png`. numpy, torch, PIL and safetensors are imported where they are used, so that ledger commands start fast.
+Every record is one webdataset sample: `.json` (with `schema`), and where it has them `.safetensors` and `.png`.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import re
-import struct
-import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from unified_rl.config import MAX_REGIONS
-from unified_rl.manifests import is_count, strict_json
-from unified_rl.runtime import StageError
+from unified_rl.config_checks import MAX_REGIONS
+from unified_rl.manifests import is_count
+from unified_rl.record_parts import (
+    MAX_IMAGE_SIDE,
+    MAX_SAMPLES,
+    PROMPT_ID,
+    STATUSES,
+    Source,
+    check_image_id,
+    check_tensors,
+    decode_content,
+    decode_png,
+    decode_tensors,
+    encode_content,
+    encode_png,
+    encode_tensors,
+    is_finite,
+    is_unicode,
+    sample_key,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# At most 88 characters: KEY.safetensors fits the 100 bytes of a plain tar name, without extension headers.
-KEY = re.compile(r"[A-Za-z0-9_-]{1,88}")
-PROMPT_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
-MAX_IMAGE_SIDE = 4096
-MAX_TEXT_CHARACTERS = 32768
-MAX_SAMPLES = 10**6
 MAX_REGION_TEXT = 1000
-STATUSES = ("ok", "failed", "skipped")
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-class RecordError(StageError):
-    """A record with impossible content; the message names the shard and the key."""
-
-
-def sample_key(prompt_id: str, sample: int) -> str:
-    """Key of sample number `sample` of a prompt."""
-    if not PROMPT_ID.fullmatch(prompt_id):
-        raise RecordError(f"prompt id {prompt_id!r} does not match {PROMPT_ID.pattern}")
-    if not is_count(sample) or sample >= MAX_SAMPLES:
-        raise RecordError(f"prompt {prompt_id}: sample number {sample!r} is not in 0..{MAX_SAMPLES - 1}")
-    return f"{prompt_id}_{sample:02d}"
-
-
-class _Source:
-    """Where a record comes from: turns a failed check into an error that names shard and key."""
-
-    def __init__(self, source: str, key: str) -> None:
-        self.label = f"{source}: key {key}" if source else f"key {key}"
-
-    def check(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise RecordError(f"{self.label}: {message}")
-
-    def text(self, content: dict, name: str, empty: bool = False) -> str:
-        value = content.get(name)
-        self.check(isinstance(value, str), f"{name} must be text, not {value!r}")
-        self.check(empty or bool(value.strip()), f"{name} is empty")
-        self.check(len(value) <= MAX_TEXT_CHARACTERS, f"{name} is longer than {MAX_TEXT_CHARACTERS} characters")
-        self.check(_is_unicode(value), f"{name} is not valid Unicode text")
-        return value
-
-    def mapping(self, content: dict, name: str) -> dict:
-        value = content.get(name)
-        self.check(isinstance(value, dict), f"{name} must be an object, not {value!r}")
-        return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_finite(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the largest float
-        return False
-
-
-def _encode(source: _Source, content: dict, schema: int) -> bytes:
-    try:
-        text = json.dumps({**content, "schema": schema}, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        return text.encode()
-    except (ValueError, TypeError) as error:
-        raise RecordError(f"{source.label}: cannot be stored as JSON: {error}") from None
-
-
-def _decode(
-    source: _Source, members: dict[str, bytes], kind: type[PromptRecord | RolloutRecord | RewardRecord]
-) -> dict:
-    """JSON content with exactly the fields, members and schema of a kind of record."""
-    wrong = sorted(set(members) ^ set(kind.MEMBERS))
-    source.check(not wrong, f"missing or unexpected member .{', .'.join(wrong)}")
-    try:
-        content = strict_json(members["json"].decode())
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{source.label}: .json is not valid: {error}") from None
-    source.check(isinstance(content, dict), ".json is not an object")
-    version = content.pop("schema", None)
-    source.check(
-        version == kind.SCHEMA and not isinstance(version, bool),
-        f"schema version {version!r}, this program reads version {kind.SCHEMA}",
-    )
-    wrong = sorted(set(content) ^ kind.FIELDS)
-    source.check(not wrong, f"missing or unknown field {', '.join(wrong)}")
-    return content
-
-
-def encode_png(image: np.ndarray, label: str) -> bytes:
-    """PNG of a uint8 [H, W, 3] image; the same pixels give the same bytes."""
-    import numpy as np
-    from PIL import Image
-
-    good = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-    if not good or not all(1 <= side <= MAX_IMAGE_SIDE for side in image.shape[:2]):
-        shape = getattr(image, "shape", None)
-        raise RecordError(f"{label}: image {shape} must be uint8 [H, W, 3] with sides in 1..{MAX_IMAGE_SIDE}")
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def png_size(data: bytes, label: str) -> tuple[int, int]:
-    """(width, height) from the header of an 8-bit RGB PNG, without decoding anything.
-
-    Raises:
-        RecordError: not such a PNG, or a side above `MAX_IMAGE_SIDE`.
-    """
-    if len(data) < 33 or data[:8] != _PNG_SIGNATURE or data[8:16] != b"\0\0\0\rIHDR":
-        raise RecordError(f"{label}: .png is not a PNG image")
-    width, height, depth, colour, compression, filtering, interlace = struct.unpack(">IIBBBBB", data[16:29])
-    if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
-        raise RecordError(f"{label}: .png has a damaged header")
-    if not (1 <= width <= MAX_IMAGE_SIDE and 1 <= height <= MAX_IMAGE_SIDE):
-        raise RecordError(f"{label}: image of {width} x {height} pixels, sides must lie in 1..{MAX_IMAGE_SIDE}")
-    if (depth, colour, compression, filtering, interlace) != (8, 2, 0, 0, 0):
-        raise RecordError(f"{label}: .png must be 8-bit RGB without interlacing")
-    return width, height
-
-
-def _png_pixel_stream(data: bytes, label: str) -> bytes:
-    """Compressed pixels of a PNG that consists of IHDR, IDAT... and IEND with right checksums, and nothing else."""
-    position, kinds, parts = len(_PNG_SIGNATURE), [], []
-    while position < len(data):
-        length = int.from_bytes(data[position : position + 4], "big")
-        end = position + 12 + length
-        kind, body = data[position + 4 : position + 8], data[position + 8 : end - 4]
-        if end > len(data) or zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            raise RecordError(f"{label}: .png is truncated or damaged in chunk {kind!r}")
-        kinds.append(kind)
-        if kind == b"IDAT":
-            parts.append(body)
-        position = end
-    # Other chunks (text, palettes, animation, a second header) are never written, and some are bombs.
-    if kinds != [b"IHDR", *[b"IDAT"] * len(parts), b"IEND"]:
-        raise RecordError(f"{label}: .png must hold IHDR, IDAT and IEND chunks only, found {kinds[:8]}")
-    return b"".join(parts)
-
-
-def decode_png(data: bytes, label: str) -> np.ndarray:
-    """uint8 [H, W, 3] of a PNG as `encode_png` writes it. Memory is bounded by the size in the checked header.
-
-    Pillow alone fills missing rows with black and ignores surplus ones, so the amount of pixels is checked first.
-    """
-    import numpy as np
-    from PIL import Image
-
-    width, height = png_size(data, label)
-    expected = height * (1 + 3 * width)
-    try:
-        inflater = zlib.decompressobj()
-        raw = inflater.decompress(_png_pixel_stream(data, label), expected + 1)
-        if len(raw) != expected or not inflater.eof or inflater.unused_data:
-            raise RecordError(f"{label}: .png does not hold exactly {width} x {height} pixels")
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            return np.asarray(image).copy()
-    except (OSError, SyntaxError, zlib.error) as error:
-        raise RecordError(f"{label}: .png cannot be decoded: {error}") from None
-
-
-def _encode_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def _decode_tensors(source: _Source, data: bytes) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        return load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise RecordError(f"{source.label}: .safetensors cannot be read: {error}") from None
-
-
-def _check_tensors(source: _Source, tensors: dict[str, torch.Tensor], known: dict[str, str]) -> None:
-    """Every tensor finite and as `known` describes its name: `int` or `float`, then its dimensions, as `float [S, N]`.
-
-    A dimension is the same in all tensors that name it, and never 0.
-    """
-    import torch
-
-    sizes: dict[str, tuple[int, str]] = {}
-    for name, tensor in tensors.items():
-        source.check(isinstance(tensor, torch.Tensor), f"tensor {name} is no tensor")
-        source.check(name in known, f"tensor {name} is none of {', '.join(known)}")
-        kind, shape = known[name].split(" ", 1)
-        allowed = (torch.float32,) if kind == "float" else (torch.int32, torch.int64)
-        source.check(tensor.dtype in allowed, f"tensor {name} is {tensor.dtype}, expected {allowed[0]}")
-        letters = shape.strip("[]").split(", ")
-        fits = tensor.ndim == len(letters) and tensor.numel() > 0
-        source.check(fits, f"tensor {name} has shape {list(tensor.shape)}, not {shape}")
-        source.check(bool(torch.isfinite(tensor).all()), f"tensor {name} has a non-finite value")
-        for letter, size in zip(letters, tensor.shape, strict=True):
-            first, where = sizes.setdefault(letter, (size, name))
-            source.check(first == size, f"{letter} is {first} in tensor {where} but {size} in tensor {name}")
 
 
 @dataclass
@@ -251,7 +59,7 @@ class PromptRecord:
         return {"prompt_id": self.prompt_id, "text": self.text, "metadata": self.metadata}
 
     @classmethod
-    def from_json(cls, content: dict, source: _Source) -> PromptRecord:
+    def from_json(cls, content: dict, source: Source) -> PromptRecord:
         """Checked prompt; RecordError names the source."""
         source.check(set(content) == cls.FIELDS, "a prompt has prompt_id, text and metadata")
         prompt_id = source.text(content, "prompt_id")
@@ -260,15 +68,15 @@ class PromptRecord:
 
     def to_members(self) -> dict[str, bytes]:
         """Extension -> bytes."""
-        source = _Source("", self.key)
+        source = Source("", self.key)
         self.from_json(self.to_json(), source)
-        return {"json": _encode(source, self.to_json(), self.SCHEMA)}
+        return {"json": encode_content(source, self.to_json(), self.SCHEMA)}
 
     @classmethod
     def from_members(cls, key: str, members: dict[str, bytes], source: str) -> PromptRecord:
         """Inverse of `to_members`, everything checked."""
-        where = _Source(source, key)
-        content = _decode(where, members, cls)
+        where = Source(source, key)
+        content = decode_content(where, members, cls)
         prompt = cls.from_json(content, where)
         where.check(prompt.key == key, f"belongs to prompt {prompt.key}")
         return prompt
@@ -313,7 +121,7 @@ class RolloutRecord:
         """`{prompt_id}_{sample:02d}`."""
         return sample_key(self.prompt.prompt_id, self.sample)
 
-    def _check(self, source: _Source) -> None:
+    def _check(self, source: Source) -> None:
         content = {"policy_version": self.policy_version, "sampling": self.sampling, "plan": self.plan}
         source.check(is_count(self.sample) and self.sample < MAX_SAMPLES, f"sample {self.sample!r} is no sample number")
         source.check(is_count(self.seed) and self.seed < 2**63, f"seed {self.seed!r} is not in 0..2**63-1")
@@ -323,12 +131,12 @@ class RolloutRecord:
             source.text(content, "plan", empty=True)
         self._check_trajectory(source)
 
-    def _check_trajectory(self, source: _Source) -> None:
+    def _check_trajectory(self, source: Source) -> None:
         names = set(self.tensors)
         source.check(
             names in TRAJECTORIES, f"tensors {', '.join(sorted(names))} are no trajectory of tokens or of a flow"
         )
-        _check_tensors(source, self.tensors, TRAJECTORY_TENSORS)
+        check_tensors(source, self.tensors, TRAJECTORY_TENSORS)
         if "steps" in names:
             steps, latents = self.tensors["steps"].tolist(), len(self.tensors["latents"])
             source.check(latents == len(steps) + 1, f"{latents} latents, not one more than the {len(steps)} steps")
@@ -337,7 +145,7 @@ class RolloutRecord:
 
     def to_members(self) -> dict[str, bytes]:
         """Extension -> bytes; RecordError where the record breaks the contract."""
-        source = _Source("", self.key)
+        source = Source("", self.key)
         PromptRecord.from_json(self.prompt.to_json(), source)
         self._check(source)
         content = {
@@ -345,20 +153,20 @@ class RolloutRecord:
             "policy_version": self.policy_version, "sampling": self.sampling, "plan": self.plan,
         }  # fmt: skip
         return {
-            "json": _encode(source, content, self.SCHEMA),
+            "json": encode_content(source, content, self.SCHEMA),
             "png": encode_png(self.image, source.label),
-            "safetensors": _encode_tensors(self.tensors),
+            "safetensors": encode_tensors(self.tensors),
         }
 
     @classmethod
     def from_members(cls, key: str, members: dict[str, bytes], source: str) -> RolloutRecord:
         """Inverse of `to_members`, everything checked; the image size before it is decoded."""
-        where = _Source(source, key)
-        content = _decode(where, members, cls)
+        where = Source(source, key)
+        content = decode_content(where, members, cls)
         prompt = PromptRecord.from_json(where.mapping(content, "prompt"), where)
         content["prompt"] = prompt
         image = decode_png(members["png"], where.label)
-        record = cls(**content, image=image, tensors=_decode_tensors(where, members["safetensors"]))
+        record = cls(**content, image=image, tensors=decode_tensors(where, members["safetensors"]))
         record._check(where)
         where.check(record.key == key, f"belongs to sample {record.key}")
         return record
@@ -399,7 +207,7 @@ class RewardRecord:
     def _content(self) -> dict:
         return {name: getattr(self, name) for name in self.FIELDS}
 
-    def _check(self, source: _Source) -> None:
+    def _check(self, source: Source) -> None:
         content = self._content()
         source.text(content, "prompt_id")
         source.text(content, "policy_version")
@@ -409,19 +217,19 @@ class RewardRecord:
         source.check(self.status in STATUSES, f"status {self.status!r} is not one of {', '.join(STATUSES)}")
         components = source.mapping(content, "components")
         for name, value in components.items():
-            source.check(_is_finite(value), f"component {name} is {value!r}, not a finite number")
-        texts = isinstance(self.tokens, list) and all(isinstance(t, str) and _is_unicode(t) for t in self.tokens)
+            source.check(is_finite(value), f"component {name} is {value!r}, not a finite number")
+        texts = isinstance(self.tokens, list) and all(isinstance(t, str) and is_unicode(t) for t in self.tokens)
         source.check(texts, "tokens must be a list of text pieces")
         self._check_regions(source)
-        _check_tensors(source, self.tensors, REWARD_TENSORS)
+        check_tensors(source, self.tensors, REWARD_TENSORS)
         if self.status == "ok":
-            source.check(_is_finite(self.reward), f"status ok needs a finite reward, not {self.reward!r}")
+            source.check(is_finite(self.reward), f"status ok needs a finite reward, not {self.reward!r}")
             self._check_evidence(source)
         else:
             source.check(self.reward is None, f"status {self.status} must not carry a reward ({self.reward!r})")
             source.check(bool(self.reason.strip()), f"status {self.status} needs a reason")
 
-    def _check_evidence(self, source: _Source) -> None:
+    def _check_evidence(self, source: Source) -> None:
         """What an ok record must hold besides its reward."""
         scored = len(self.tensors.get("token_log_probs", ()))
         source.check(scored == len(self.tokens), f"{scored} token_log_probs but {len(self.tokens)} tokens")
@@ -432,7 +240,7 @@ class RewardRecord:
             alpha = self.components.get("alpha", math.nan)
             source.check(0 <= alpha <= 1, f"tensor reward_map needs the component alpha in 0..1, not {alpha}")
 
-    def _check_regions(self, source: _Source) -> None:
+    def _check_regions(self, source: Source) -> None:
         source.check(isinstance(self.regions, list), "regions must be a list")
         source.check(len(self.regions) <= MAX_REGIONS, f"{len(self.regions)} regions, more than {MAX_REGIONS}")
         for number, region in enumerate(self.regions, 1):
@@ -449,20 +257,60 @@ class RewardRecord:
             if score is None:
                 source.check(bool(region["reason"].strip()), f"{where}: a score that is null needs a reason")
             else:
-                source.check(_is_finite(score) and -1 <= score <= 1, f"{where}: score {score!r} is not in -1..1")
+                source.check(is_finite(score) and -1 <= score <= 1, f"{where}: score {score!r} is not in -1..1")
 
     def to_members(self) -> dict[str, bytes]:
         """Extension -> bytes; RecordError where the record breaks the contract."""
-        source = _Source("", self.key)
+        source = Source("", self.key)
         self._check(source)
-        return {"json": _encode(source, self._content(), self.SCHEMA), "safetensors": _encode_tensors(self.tensors)}
+        json_bytes = encode_content(source, self._content(), self.SCHEMA)
+        return {"json": json_bytes, "safetensors": encode_tensors(self.tensors)}
 
     @classmethod
     def from_members(cls, key: str, members: dict[str, bytes], source: str) -> RewardRecord:
         """Inverse of `to_members`, everything checked."""
-        where = _Source(source, key)
-        content = _decode(where, members, cls)
+        where = Source(source, key)
+        content = decode_content(where, members, cls)
         where.check(content["key"] == key, f"belongs to sample {content['key']!r}")
-        record = cls(**content, tensors=_decode_tensors(where, members["safetensors"]))
+        record = cls(**content, tensors=decode_tensors(where, members["safetensors"]))
         record._check(where)
+        return record
+
+
+@dataclass(eq=False)
+class ImageRecord:
+    """One image to ask about, uint8 [H, W, 3], without any label. `metadata` says at most where it is from."""
+
+    SCHEMA: ClassVar[int] = 1
+    MEMBERS: ClassVar[tuple[str, ...]] = ("json", "png")
+    FIELDS: ClassVar[frozenset[str]] = frozenset(("image_id", "metadata"))
+
+    image_id: str
+    image: np.ndarray
+    metadata: dict = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Key of the image in its shard."""
+        return self.image_id
+
+    def _check(self, source: Source) -> None:
+        check_image_id(source, {"image_id": self.image_id})
+        source.mapping({"metadata": self.metadata}, "metadata")
+
+    def to_members(self) -> dict[str, bytes]:
+        """Extension -> bytes; RecordError where the record breaks the contract."""
+        source = Source("", self.key)
+        self._check(source)
+        content = {"image_id": self.image_id, "metadata": self.metadata}
+        return {"json": encode_content(source, content, self.SCHEMA), "png": encode_png(self.image, source.label)}
+
+    @classmethod
+    def from_members(cls, key: str, members: dict[str, bytes], source: str) -> ImageRecord:
+        """Inverse of `to_members`, everything checked; the image size before it is decoded."""
+        where = Source(source, key)
+        content = decode_content(where, members, cls)
+        record = cls(**content, image=decode_png(members["png"], where.label))
+        record._check(where)
+        where.check(record.key == key, f"belongs to image {record.key}")
         return record

@@ -19,7 +19,8 @@ from typing import BinaryIO, TypeVar
 
 from unified_rl.files import fsync_folder, sha256_file
 from unified_rl.manifests import Manifest, ShardInfo, read_manifest, remove_temporaries
-from unified_rl.records import KEY, PromptRecord, RewardRecord, RolloutRecord
+from unified_rl.record_parts import KEY
+from unified_rl.records import PromptRecord, RewardRecord, RolloutRecord
 from unified_rl.runtime import StageError
 
 MAX_MEMBER_BYTES = 256 << 20

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from unified_rl.backbones.base import TextTraj
-from unified_rl.config import CHOICES, SrumConfig
+from unified_rl.config import SrumConfig
+from unified_rl.config_checks import CHOICES
 from unified_rl.records import RewardRecord
 from unified_rl.reward import srum
 from unified_rl.reward.regions import REGION_RULES, Region, RegionError

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from unified_rl.manifests import store
-from unified_rl.records import PromptRecord, RolloutRecord, encode_png
+from unified_rl.record_parts import encode_png
+from unified_rl.records import PromptRecord, RolloutRecord
 from unified_rl.shapes.world import SHAPES
 
 

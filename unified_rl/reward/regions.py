@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from unified_rl.manifests import strict_json
-from unified_rl.records import MAX_IMAGE_SIDE, PROMPT_ID
+from unified_rl.record_parts import MAX_IMAGE_SIDE, PROMPT_ID
 from unified_rl.runtime import StageError
 
 Box = tuple[int, int, int, int]

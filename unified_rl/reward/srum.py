@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from unified_rl.config import SrumConfig
-from unified_rl.records import MAX_REGION_TEXT, MAX_REGIONS
+from unified_rl.config_checks import MAX_REGIONS
+from unified_rl.records import MAX_REGION_TEXT
 from unified_rl.reward.regions import (
     REGION_RULES,
     Box,
