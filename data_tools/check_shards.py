@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from unified_rl.inquiries import InquiryRecord, InquiryReward
 from unified_rl.manifests import LedgerError, Manifest, ShardInfo, read_manifest
-from unified_rl.records import PromptRecord, RewardRecord, RolloutRecord
+from unified_rl.records import ImageRecord, PromptRecord, RewardRecord, RolloutRecord
 from unified_rl.runtime import EXIT_FAILED, EXIT_OK, StageError, run_stage, set_stage
 from unified_rl.shards import read_records, scan_shard
 
@@ -18,12 +19,14 @@ EXAMPLE = """examples:
   python data_tools/check_shards.py runs/demo
   python data_tools/check_shards.py data/prompts runs/demo/iter_0000/rollout
   python data_tools/check_shards.py some/shard-00000.tar"""
-KINDS = {"prompts": PromptRecord, "rollout": RolloutRecord, "reward": RewardRecord}
+KINDS = {"prompts": PromptRecord, "images": ImageRecord, "rollout": RolloutRecord, "reward": RewardRecord}
+INQUIRY_KINDS = {"rollout": InquiryRecord, "reward": InquiryReward}
 
 
 def check_records(folder: Path, manifest: Manifest) -> tuple[set[str], list[str]]:
     """(keys, problems) of the shards of a committed folder; goes on behind a bad shard."""
-    kind = KINDS[manifest.stage]
+    asked = manifest.extra.get("loop") == "understanding"
+    kind = (INQUIRY_KINDS if asked else KINDS)[manifest.stage]
     keys: set[str] = set()
     problems = []
     for info in manifest.shards:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unified_rl import record_parts
 from unified_rl.backbones.base import FlowTraj, TokenTraj
 from unified_rl.record_parts import RecordError, sample_key
 from unified_rl.records import PromptRecord, RewardRecord, RolloutRecord

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from unified_rl.files import fsync_folder, sha256_file
+from unified_rl.inquiries import InquiryRecord, InquiryReward
 from unified_rl.manifests import Manifest, ShardInfo, read_manifest, remove_temporaries
 from unified_rl.record_parts import KEY
-from unified_rl.records import PromptRecord, RewardRecord, RolloutRecord
+from unified_rl.records import ImageRecord, PromptRecord, RewardRecord, RolloutRecord
 from unified_rl.runtime import StageError
 
 MAX_MEMBER_BYTES = 256 << 20
 BLOCK = 512
 _MEMBER = re.compile(rf"({KEY.pattern})\.([a-z0-9_]{{1,11}})")
 
-Record = TypeVar("Record", PromptRecord, RolloutRecord, RewardRecord)
+Record = TypeVar("Record", PromptRecord, ImageRecord, RolloutRecord, RewardRecord, InquiryRecord, InquiryReward)
 
 
 class ShardError(StageError):
@@ -63,7 +64,9 @@ def _check_sample(path: Path, key: str, members: dict[str, bytes]) -> None:
             raise ShardError(f"{path}: key {key}: .{extension} has {len(data)} bytes, limit {MAX_MEMBER_BYTES}")
 
 
-def _write_tar(path: Path, sink: _HashingFile, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
+def _write_tar(
+    path: Path, sink: _HashingFile, samples: Iterable[tuple[str, dict[str, bytes]]], may_be_empty: bool
+) -> int:
     from webdataset import TarWriter  # imports torch
 
     seen: set[str] = set()
@@ -74,12 +77,12 @@ def _write_tar(path: Path, sink: _HashingFile, samples: Iterable[tuple[str, dict
                 raise ShardError(f"{path}: key {key} occurs twice")
             seen.add(key)
             writer.write({"__key__": key, **members})
-    if not seen:
+    if not seen and not may_be_empty:
         raise ShardError(f"{path}: no samples to write")
     return len(seen)
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardInfo:
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], may_be_empty: bool = False) -> ShardInfo:
     """Write `(key, {extension: bytes})` samples as a tar; the same samples give the same bytes.
 
     A crash at any moment leaves the earlier file, or none, under `path`. What a killed writer of the same shard
@@ -95,7 +98,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
         remove_temporaries(path)
         with _create(temporary) as file:
             sink = _HashingFile(file)
-            count = _write_tar(path, sink, samples)
+            count = _write_tar(path, sink, samples, may_be_empty)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -252,9 +255,9 @@ def scan_shard(path: Path, required: tuple[str, ...] = ("json",)) -> ShardInfo:
     return ShardInfo(path.name, count, sha256_file(path), size)
 
 
-def write_records(path: Path, records: Iterable[Record]) -> ShardInfo:
+def write_records(path: Path, records: Iterable[Record], may_be_empty: bool = False) -> ShardInfo:
     """Write records as one shard."""
-    return write_shard(path, ((record.key, record.to_members()) for record in records))
+    return write_shard(path, ((record.key, record.to_members()) for record in records), may_be_empty)
 
 
 def read_records(folder: Path, shards: Manifest | Iterable[ShardInfo], kind: type[Record]) -> Iterator[Record]:
@@ -273,18 +276,55 @@ def read_records(folder: Path, shards: Manifest | Iterable[ShardInfo], kind: typ
             yield kind.from_members(key, members, str(path))
 
 
-def load_prompts(folder: Path) -> list[PromptRecord]:
-    """All prompts of a folder made by `data_tools/pack_prompts.py`, in order."""
-    folder = Path(folder)
+def _input_manifest(folder: Path, stage: str, source: str) -> Manifest:
+    """The manifest of a folder that `data_tools/pack_STAGE.py` made."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise ShardError(
-            f"{folder} has no manifest.json: make prompt shards with "
-            f"`python data_tools/pack_prompts.py PROMPTS.txt --out {folder}`"
+            f"{folder} has no manifest.json: make {stage[:-1]} shards with "
+            f"`python data_tools/pack_{stage}.py {source} --out {folder}`"
         )
-    if manifest.stage != "prompts":
-        raise ShardError(f"{folder} holds shards of stage {manifest.stage}, not prompts")
-    prompts = list(read_records(folder, manifest, PromptRecord))
+    if manifest.stage != stage:
+        raise ShardError(f"{folder} holds shards of stage {manifest.stage}, not {stage}")
+    return manifest
+
+
+def load_prompts(folder: Path) -> list[PromptRecord]:
+    """All prompts of a folder made by `data_tools/pack_prompts.py`, in order."""
+    folder = Path(folder)
+    prompts = list(read_records(folder, _input_manifest(folder, "prompts", "PROMPTS.txt"), PromptRecord))
     if not prompts:
         raise ShardError(f"{folder} holds no prompts")
     return prompts
+
+
+def image_shards(folder: Path) -> list[tuple[ShardInfo, list[str]]]:
+    """Shards of a folder made by `data_tools/pack_images.py`, each with the ids of its images; none is opened.
+
+    Raises:
+        ShardError: no such folder, or its manifest does not list the images.
+    """
+    folder = Path(folder)
+    manifest = _input_manifest(folder, "images", "--folder IMAGES")
+    ids = manifest.extra.get("image_ids")
+    listed = isinstance(ids, list) and all(isinstance(part, list) for part in ids)
+    if not listed or [len(part) for part in ids] != [info.count for info in manifest.shards]:
+        raise ShardError(f"{folder}: the manifest does not list the images of its shards; pack them again")
+    if not any(ids):
+        raise ShardError(f"{folder} holds no images")
+    return list(zip(manifest.shards, ids, strict=True))
+
+
+def load_images(folder: Path, image_ids: Iterable[str]) -> dict[str, ImageRecord]:
+    """The images with the given ids. Shards without any of them stay closed, other images are not decoded."""
+    wanted, found = set(image_ids), {}
+    for info, ids in image_shards(folder):
+        if wanted.isdisjoint(ids):
+            continue
+        for key, members in read_shard(folder, info, ImageRecord.MEMBERS):
+            if key in wanted:
+                found[key] = ImageRecord.from_members(key, members, str(Path(folder) / info.name))
+    missing = sorted(wanted - found.keys())
+    if missing:
+        raise ShardError(f"{folder} has no image {missing[0]} ({len(missing)} missing); pack the images again")
+    return found

@@ -17,20 +17,24 @@ if TYPE_CHECKING:
 
 
 def iteration_prompts(prompts: list[PromptRecord], count: int, run_seed: int, iteration: int) -> list[PromptRecord]:
-    """The `count` different prompts of an iteration.
+    """The `count` different prompts of an iteration, see `iteration_keys`."""
+    by_id = {p.prompt_id: p for p in prompts}
+    return [by_id[key] for key in iteration_keys(list(by_id), count, run_seed, iteration)]
 
-    Every epoch is a new permutation of all prompts, cut into iterations; what is left of it after the last whole
+
+def iteration_keys(keys: list[str], count: int, run_seed: int, iteration: int) -> list[str]:
+    """The `count` different prompts or images of an iteration, by id.
+
+    Every epoch is a new permutation of all of them, cut into iterations; what is left of it after the last whole
     iteration is not used in that epoch. The result depends on nothing but the arguments, so resuming is exact.
 
     Raises:
-        ConfigError: fewer than `count` prompts.
+        ConfigError: fewer than `count`.
     """
-    if count > len(prompts):
-        raise ConfigError(
-            f"data.prompts_per_iteration={count} but there are only {len(prompts)} prompts; lower it or pack more"
-        )
-    epoch, part = divmod(iteration, len(prompts) // count)
-    order = sorted(prompts, key=lambda p: p.prompt_id)
+    if count > len(keys):
+        raise ConfigError(f"data.prompts_per_iteration={count} but there are only {len(keys)}; lower it or pack more")
+    epoch, part = divmod(iteration, len(keys) // count)
+    order = sorted(keys)
     random.Random(sample_seed(run_seed, epoch, "prompt-order", 0)).shuffle(order)
     return order[part * count : (part + 1) * count]
 
