@@ -18,7 +18,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -182,7 +182,12 @@ class Run:
         return summary if sha256_file(path) == info.sha256 else None
 
     def commit_if_complete(
-        self, iteration: int, stage: str, n_shards: int, policy_version: str, extra: dict | None = None
+        self,
+        iteration: int,
+        stage: str,
+        n_shards: int,
+        policy_version: str,
+        extra: dict | Callable[[list[ShardInfo]], dict] | None = None,
     ) -> Manifest | None:
         """Commit the stage when all its shards are marked; every worker calls this after its last shard.
 
@@ -190,7 +195,7 @@ class Run:
 
         Args:
             n_shards: Number of shards of the whole stage.
-            extra: Further entries of the manifest's `extra`.
+            extra: Further entries of the manifest's `extra`, or what makes them from the whole shards.
 
         Returns:
             The manifest, or None while other workers are still at work.
@@ -205,9 +210,10 @@ class Run:
         if any(self.shard_mark(iteration, stage, index) is None for index in range(n_shards)):
             return None
         counts, failures, means = merge_summaries([summary for _, summary in marks], f"{stage}, iteration {iteration}")
+        infos = [info for info, _ in marks]
+        more = extra(infos) if callable(extra) else extra or {}
         manifest = Manifest(
-            stage, iteration, [info for info, _ in marks], policy_version, self.config_hash,
-            counts, failures, {**means, **(extra or {})},
+            stage, iteration, infos, policy_version, self.config_hash, counts, failures, {**means, **more},
         )  # fmt: skip
         self.commit(manifest)
         return manifest

@@ -7,6 +7,7 @@ training holds one model only.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,10 @@ from unified_rl.backbones.load import Backbone, load_backbone
 from unified_rl.config import RunConfig
 from unified_rl.ledger import Run
 from unified_rl.records import RewardRecord, RolloutRecord
+from unified_rl.reward.drawings import FidelityJudge
 from unified_rl.reward.gvu import GvuScore, gvu_scores
+from unified_rl.reward.inquiry import FAILURES
+from unified_rl.reward.skips import Skipped
 from unified_rl.reward.srum import SrumJudge, record_fields
 from unified_rl.runtime import Ranks
 
@@ -41,7 +45,10 @@ class Judges:
         self.config: RunConfig = run.config
         self.base: Backbone = load_backbone(run.config.backbone, ranks.local_rank)
         self.live: Backbone | None = None
-        if run.config.reward.judge == "live":
+        self.fidelity: FidelityJudge | None = None
+        if run.config.reward.method == "self_consistency":
+            self.fidelity = fidelity_judge(run, iteration, self.base)
+        elif run.config.reward.judge == "live":
             policy, _ = run.current_policy(iteration)
             self.live = load_backbone(run.config.backbone, ranks.local_rank, policy) if policy else self.base
         self.srum: SrumJudge | None = None
@@ -51,9 +58,13 @@ class Judges:
 
     def score(self, rollouts: list[RolloutRecord]) -> list[RewardRecord]:
         """Reward records of rollouts that share their sampling settings."""
-        verdicts = self._srum(rollouts) if self.srum else self._gvu(rollouts)
+        if self.fidelity:
+            verdicts = self._fidelity(rollouts)
+        else:
+            verdicts = self._srum(rollouts) if self.srum else self._gvu(rollouts)
         if self.config.policy.objective == "grpo":
-            add_reference(verdicts, reference_tensors(self.base, rollouts))
+            with self.base.role(None) if self.fidelity else nullcontext():  # its roles are no part of the reference
+                add_reference(verdicts, reference_tensors(self.base, rollouts))
         return [
             RewardRecord(
                 key=rollout.key,
@@ -63,6 +74,11 @@ class Judges:
             )
             for rollout, verdict in zip(rollouts, verdicts, strict=True)
         ]
+
+    def _fidelity(self, rollouts: list[RolloutRecord]) -> list[Verdict]:
+        images = [r.image for r in rollouts]
+        scores = self.fidelity.score(images, [r.prompt for r in rollouts], [r.seed for r in rollouts])
+        return [fidelity_verdict(*score) for score in scores]
 
     def _gvu(self, rollouts: list[RolloutRecord]) -> list[Verdict]:
         images, prompts = [r.image for r in rollouts], [r.prompt.text for r in rollouts]
@@ -80,6 +96,23 @@ class Judges:
             [r.seed for r in rollouts],
         )
         return [Verdict(**record_fields(score)) for score in scores]
+
+
+def fidelity_judge(run: Run, iteration: int, backbone: Backbone) -> FidelityJudge:
+    """The judge of drawing tasks on base weights; a live one answers as the current policy's Solver."""
+    policy, _ = run.current_policy(iteration)
+    live = run.config.reward.judge == "live"
+    if live and policy:
+        backbone.load_roles(policy)
+    return FidelityJudge(backbone, run.config.self_consistency, "solver" if live else None)
+
+
+def fidelity_verdict(reward: float | Skipped, components: dict[str, float]) -> Verdict:
+    """The verdict of one image of a drawing task; broken numbers are a failure, an unread answer is not."""
+    if not isinstance(reward, Skipped):
+        return Verdict("ok", reward, components)
+    status = "failed" if reward.reason.value in FAILURES else "skipped"
+    return Verdict(status, None, reason=reward.text)
 
 
 def gvu_verdict(domain: str, frozen: GvuScore, live: GvuScore | None) -> Verdict:

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from functools import partial
 
-from unified_rl.config import open_run
+from unified_rl.config import loop_of, open_run
+from unified_rl.inquiries import InquiryRecord, InquiryReward
 from unified_rl.ledger import Run
-from unified_rl.manifests import Manifest
+from unified_rl.manifests import LedgerError, Manifest, ShardInfo
 from unified_rl.records import RewardRecord, RolloutRecord
 from unified_rl.report.timing import append_timing
+from unified_rl.reward.inquiry import InquiryState, question_scores, rules_of, score_inquiries
+from unified_rl.reward.inquiry import summary_of as inquiry_summary
+from unified_rl.reward.self_consistency_metrics import question_metrics
 from unified_rl.runtime import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -29,6 +35,7 @@ from unified_rl.shards import read_records, write_records
 
 STAGE = "reward"
 SHOWN_FAILURES = 5
+PARTS = ("fidelity", "contradiction", "cycle", "quality")  # of a drawing task's score, whose means are kept
 
 
 class RewardError(StageError):
@@ -57,14 +64,63 @@ def reward(run: Run, iteration: int, ranks: Ranks) -> int:
     source = run.require_manifest(iteration, "rollout")
     indices = range(ranks.rank, len(source.shards), ranks.world_size)
     mine = [i for i in indices if run.shard_mark(iteration, STAGE, i) is None]
-    if mine and score_shards(run, iteration, source, mine, ranks) == EXIT_STOPPED:
+    score = score_inquiry_shards if loop_of(run.config, iteration) == "understanding" else score_shards
+    if mine and score(run, iteration, source, mine, ranks) == EXIT_STOPPED:
         return EXIT_STOPPED
     check_failures(run, iteration, source)
-    manifest = run.commit_if_complete(iteration, STAGE, len(source.shards), source.policy_version)
+
+    extra = partial(manifest_extra, run, iteration)
+    manifest = run.commit_if_complete(iteration, STAGE, len(source.shards), source.policy_version, extra)
     if manifest is not None:
         append_timing(run.path, STAGE, iteration, time.monotonic() - started)
-        mean = manifest.extra["reward_mean"]
-        log(f"iteration {iteration}: {manifest.counts['images']} images, mean reward {mean:.4f}")
+        mean = manifest.extra.get("reward_mean")
+        shown = "nothing has a score" if mean is None else f"mean reward {mean:.4f}"
+        log(f"iteration {iteration}: {manifest.counts['images']} images, {shown}")
+    return EXIT_OK
+
+
+def state_before(run: Run, iteration: int) -> InquiryState:
+    """What the understanding iterations before this one left behind.
+
+    Raises:
+        LedgerError: the last of them is not scored, or its state cannot be read.
+    """
+    earlier = [k for k in range(iteration) if loop_of(run.config, k) == "understanding"]
+    if not earlier:
+        return InquiryState.start()
+    manifest = run.require_manifest(earlier[-1], STAGE)
+    try:
+        return InquiryState.from_dict(manifest.extra["state"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerError(
+            f"the reward manifest of iteration {earlier[-1]} has no usable state ({error}); delete that stage and all "
+            "later ones to redo them"
+        ) from None
+
+
+def manifest_extra(run: Run, iteration: int, shards: list[ShardInfo]) -> dict:
+    """The loop of an iteration; of understanding also state and metrics, from its rewards in the order of the shards."""
+    loop = loop_of(run.config, iteration)
+    if loop != "understanding":
+        return {"loop": loop} if loop else {}
+    rewards = read_records(run.stage_folder(iteration, STAGE), shards, InquiryReward)
+    scores = [score for reward in rewards for score in question_scores(reward)]
+    state = state_before(run, iteration).after(scores, rules_of(run.config.self_consistency))
+    return {"loop": loop, "state": state.to_dict(), "metrics": question_metrics(scores)}
+
+
+def score_inquiry_shards(run: Run, iteration: int, source: Manifest, mine: list[int], ranks: Ranks) -> int:
+    """Score and store the questions of the shards with the indices `mine`; no model is needed."""
+    state = state_before(run, iteration)
+    with StopRequest() as stop:
+        for index in mine:
+            if stop.requested:
+                log(f"stopped on request before shard {index}; run the same command again to go on")
+                return EXIT_STOPPED
+            asked = list(read_records(run.stage_folder(iteration, "rollout"), [source.shards[index]], InquiryRecord))
+            records = score_inquiries(asked, state, run.config.self_consistency)
+            info = write_records(run.stage_folder(iteration, STAGE) / f"shard-{index:05d}.tar", records)
+            run.mark_shard(iteration, STAGE, index, info, inquiry_summary(records))
     return EXIT_OK
 
 
@@ -77,40 +133,54 @@ def score_shards(run: Run, iteration: int, source: Manifest, mine: list[int], ra
     set_cpu_threads(config.backbone.threads)
     judges = Judges(run, iteration, ranks)
     total = sum(source.shards[i].count for i in mine)
+    # Whole groups: some scores compare the images of a prompt.
+    size = max(1, config.reward.batch_size // config.rollout.group_size) * config.rollout.group_size
+    if config.reward.method != "self_consistency":
+        size = config.reward.batch_size
     with StopRequest() as stop, progress(total, "scores") as bar:
         for index in mine:
             rollouts = list(read_records(run.stage_folder(iteration, "rollout"), [source.shards[index]], RolloutRecord))
             records: list[RewardRecord] = []
-            for start in range(0, len(rollouts), config.reward.batch_size):
+            for start in range(0, len(rollouts), size):
                 if stop.requested:
                     log(f"stopped on request before shard {index}; run the same command again to go on")
                     return EXIT_STOPPED
-                records += judges.score(rollouts[start : start + config.reward.batch_size])
-                bar.update(min(config.reward.batch_size, len(rollouts) - start))
-            info = write_records(run.stage_folder(iteration, STAGE) / f"shard-{index:05d}.tar", records)
-            run.mark_shard(iteration, STAGE, index, info, summary_of(records))
+                records += judges.score(rollouts[start : start + size])
+                bar.update(min(size, len(rollouts) - start))
+            name = f"shard-{index:05d}.tar"
+            info = write_records(run.stage_folder(iteration, STAGE) / name, records, may_be_empty=not rollouts)
+            run.mark_shard(iteration, STAGE, index, info, summary_of(records, config.reward.method))
             run.write_status(stage=STAGE, iteration=iteration, done=bar.done, total=total, eta_s=bar.eta_s)
     return EXIT_OK
 
 
-def summary_of(records: list[RewardRecord]) -> dict:
+def summary_of(records: list[RewardRecord], method: str) -> dict:
     """Counts, sums and failures of one shard, for its mark."""
     good = [r for r in records if r.status == "ok"]
     failures = [{"key": r.key, "reason": r.reason} for r in records if r.status == "failed"]
-    return {
+    summary = {
         "groups": len({r.prompt_id for r in records}),
         "images": len(records),
         "failed": len(failures),
         "failures": failures,
-        "reward_sum": math.fsum(r.reward for r in good),
     }
+    skipped = Counter(r.reason.partition(":")[0] for r in records if r.status == "skipped")
+    if skipped:
+        summary["skipped"] = skipped.total()
+    if good or failures:
+        summary["reward_sum"] = math.fsum(r.reward for r in good)
+    if method == "self_consistency" and good:
+        summary |= {f"{part}_sum": math.fsum(r.components[part] for r in good) for part in PARTS}
+        summary |= {f"skipped/{reason}": n for reason, n in skipped.items()}
+    return summary
 
 
 def check_failures(run: Run, iteration: int, source: Manifest) -> None:
     """Raise when too large a share of the groups scored so far has a failed member."""
     marks = [run.shard_mark(iteration, STAGE, i) for i in range(len(source.shards))]
     failures = [failure for mark in marks if mark for failure in mark["failures"]]
-    groups = {failure["key"].rpartition("_")[0] for failure in failures}
+    asked = loop_of(run.config, iteration) == "understanding"  # scores of whole images, not of samples of a prompt
+    groups = {failure["key"] if asked else failure["key"].rpartition("_")[0] for failure in failures}
     allowed = run.config.reward.max_failed_share * source.counts["groups"]
     if len(groups) > allowed:
         shown = "; ".join(f"{f['key']}: {f['reason']}" for f in failures[:SHOWN_FAILURES])

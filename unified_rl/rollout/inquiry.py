@@ -1,0 +1,150 @@
+"""Understanding iterations of Ask-Solve-Generate: questions of the Proposer about images, answers of the Solver."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from unified_rl.config import RunConfig, SelfConsistencyConfig
+from unified_rl.inquiries import InquiryRecord
+from unified_rl.records import ImageRecord
+from unified_rl.reward.proposals import parse_questions
+from unified_rl.reward.self_consistency_prompts import proposer_question
+from unified_rl.reward.skips import Skipped, SkipReason
+from unified_rl.reward.solver import Replies, framed_replies, greedy_replies, write
+from unified_rl.runtime import sample_seed
+
+if TYPE_CHECKING:
+    from unified_rl.backbones.load import Backbone
+
+SAMPLING = ("wording", "proposer_temperature", "proposer_tokens", "solver_temperature", "solver_top_p", "solver_tokens")
+
+
+def inquire(
+    backbone: Backbone, images: Sequence[ImageRecord], config: RunConfig, iteration: int, policy_version: str
+) -> list[InquiryRecord]:
+    """Questions about all images and their answers, in three calls: proposals, greedy answers, framed answers.
+
+    Everything that is sampled has a seed of its own, so that the other images of the call do not matter.
+    """
+    ours = config.self_consistency
+    tasks = [task_of(image.image_id, config, iteration) for image in images for _ in range(ours.questions)]
+    shown = [image.image for image in images for _ in range(ours.questions)]
+    names = [(image.image_id, k) for image in images for k in range(ours.questions)]
+    seeds = [sample_seed(config.seed, iteration, f"{name}/question", k) for name, k in names]
+    with backbone.role("proposer"):
+        proposals = write(backbone, shown, tasks, seeds, ours.proposer_tokens, ours.proposer_temperature)
+    parsed = [
+        parse_questions(text, 1, cut)[0] for text, cut in zip(proposals.traj.texts, proposals.truncated, strict=True)
+    ]
+    questions = [
+        _question(task, proposals, row, found) for row, (task, found) in enumerate(zip(tasks, parsed, strict=True))
+    ]
+    replies = _solve(backbone, shown, names, questions, config, iteration)
+    records = []
+    for number, image in enumerate(images):
+        rows = range(number * ours.questions, (number + 1) * ours.questions)
+        records.append(
+            InquiryRecord(
+                image_id=image.image_id,
+                seed=seeds[rows[0]],
+                policy_version=policy_version,
+                sampling={name: getattr(ours, name) for name in SAMPLING},
+                image=image.image,
+                questions=[questions[row] for row in rows],
+                tensors=_tensors(proposals, replies, rows, ours),
+            )
+        )
+    return records
+
+
+def task_of(image_id: str, config: RunConfig, iteration: int) -> str:
+    """What the Proposer is asked for. All K questions of an image have one difficulty: they are compared."""
+    drawn = random.Random(sample_seed(config.seed, iteration, f"{image_id}/difficulty", 0)).random()
+    ours = config.self_consistency
+    return proposer_question("hard" if drawn < ours.hard_share else "medium", ours.wording)
+
+
+def skip_counts(records: Sequence[InquiryRecord]) -> dict[str, int]:
+    """For a shard's mark: questions, and for each reason how many of them were skipped."""
+    counts = {"questions": sum(len(record.questions) for record in records)}
+    for asked in (q for record in records for q in record.questions if q["skipped"]):
+        name = f"skipped/{asked['skipped'].partition(':')[0]}"
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _question(task: str, proposals: Replies, row: int, found: str | Skipped) -> dict:
+    skipped = found.text if isinstance(found, Skipped) else ""
+    return {
+        "task": task, "reply": proposals.traj.texts[row], "truncated": proposals.truncated[row],
+        "question": "" if skipped else found, "skipped": skipped,
+        "greedy": "", "greedy_pieces": [], "greedy_truncated": False, "answers": [], "answers_truncated": [],
+    }  # fmt: skip
+
+
+def _solve(
+    backbone: Backbone, shown: list, names: list[tuple[str, int]], questions: list[dict], config: RunConfig,
+    iteration: int,
+) -> dict[int, tuple[Replies, int, Replies, range]]:  # fmt: skip
+    """Fill in the answers of all questions that there are; (greedy replies, row, framed replies, rows) by question."""
+    ours = config.self_consistency
+    asked = [row for row, question in enumerate(questions) if not question["skipped"]]
+    if not asked:
+        return {}
+    images, texts = [shown[row] for row in asked], [questions[row]["question"] for row in asked]
+    seeds = [
+        [sample_seed(config.seed, iteration, f"{names[row][0]}/answer-{names[row][1]}", i) for i in range(ours.answers)]
+        for row in asked
+    ]
+    with backbone.role("solver"):
+        greedy = greedy_replies(backbone, images, texts, ours)
+        framed = framed_replies(backbone, images, texts, seeds, ours)
+    solved = {}
+    for place, row in enumerate(asked):
+        question, rows = questions[row], range(place * ours.answers, (place + 1) * ours.answers)
+        if not bool(greedy.row(place, "entropies").isfinite().all()):
+            question["question"], question["skipped"] = "", Skipped(SkipReason.BAD_ENTROPY, question["question"]).text
+            continue
+        pieces = [backbone.tokenizer.decode([i], skip_special_tokens=True) for i in greedy.row(place).tolist()]
+        question |= {
+            "greedy": greedy.traj.texts[place], "greedy_pieces": pieces, "greedy_truncated": greedy.truncated[place],
+            "answers": [framed.traj.texts[i] for i in rows], "answers_truncated": [framed.truncated[i] for i in rows],
+        }  # fmt: skip
+        solved[row] = (greedy, place, framed, rows)
+    return solved
+
+
+def _tensors(
+    proposals: Replies, solved: dict[int, tuple[Replies, int, Replies, range]], rows: range, ours: SelfConsistencyConfig
+) -> dict[str, torch.Tensor]:
+    """The tensors of one image's record."""
+    none = torch.zeros(0)
+    tensors = _padded("proposer", [proposals.row(row) for row in rows])
+    tensors |= _padded("proposer", [proposals.row(row, "log_probs") for row in rows], "log_probs")
+    greedy = {values: [] for values in ("ids", "entropies")}
+    framed = {values: [] for values in ("ids", "log_probs")}
+    for row in rows:
+        found = solved.get(row)
+        for values, kept in greedy.items():
+            kept.append(found[0].row(found[1], values) if found else none)
+        for values, kept in framed.items():
+            kept += [found[2].row(i, values) for i in found[3]] if found else [none] * ours.answers
+    for values, kept in greedy.items():
+        tensors |= _padded("greedy", kept, values)
+    for values, kept in framed.items():
+        flat = _padded("answer", kept, values)
+        tensors |= {name: t.view(len(rows), ours.answers, *t.shape[1:]) for name, t in flat.items()}
+    return tensors
+
+
+def _padded(role: str, kept: list[torch.Tensor], values: str = "ids") -> dict[str, torch.Tensor]:
+    """`ROLE_VALUES` [B, T], zero behind the ends, and for ids the `ROLE_lengths` [B]."""
+    lengths = [len(row) for row in kept]
+    padded = torch.zeros(len(kept), max(1, *lengths), dtype=torch.int32 if values == "ids" else torch.float32)
+    for row, part in enumerate(kept):
+        padded[row, : len(part)] = part
+    return {f"{role}_{values}": padded} | ({f"{role}_lengths": torch.tensor(lengths).int()} if values == "ids" else {})
