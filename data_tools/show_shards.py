@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from unified_rl.config import load_run_config
+from unified_rl.config import load_run_config, loop_of
 from unified_rl.ledger import Run
 from unified_rl.records import RewardRecord, RolloutRecord
-from unified_rl.runtime import EXIT_OK, run_stage, set_stage
+from unified_rl.runtime import EXIT_OK, StageError, run_stage, set_stage
 from unified_rl.shards import read_records
 
 EXAMPLE = """example:
@@ -24,6 +24,8 @@ GAP = 6
 def read_groups(run: Run, iteration: int, limit: int) -> list[list[RolloutRecord]]:
     """The first `limit` groups of images of an iteration."""
     manifest = run.require_manifest(iteration, "rollout")
+    if not manifest.counts["images"] or loop_of(run.config, iteration) == "understanding":
+        raise StageError(f"nothing was drawn in iteration {iteration}; choose another --iteration")
     records = read_records(run.stage_folder(iteration, "rollout"), manifest, RolloutRecord)
     groups = itertools.groupby(records, key=lambda record: record.prompt.prompt_id)
     return [list(group) for _, group in itertools.islice(groups, limit)]

@@ -124,7 +124,7 @@ def learning_section(truth: Truth, accuracies: list[tuple[float, float]]) -> str
     # The reward of iteration k scores the weights after k iterations, as evaluation k does.
     training = [
         (float(k), truth.manifests[k, "reward"].extra["reward_mean"])
-        for k in truth.iterations("reward")
+        for k in truth.scored()
         if "reward_mean" in truth.manifests[k, "reward"].extra
     ]
     held_out = {n: [(float(k), s[n]) for k, s in truth.scores.items() if n in s] for n in ("reward_mean", "overall")}
@@ -136,7 +136,10 @@ def learning_section(truth: Truth, accuracies: list[tuple[float, float]]) -> str
         charts = chart("Judge's reward", "weights after iteration", series, "What training maximises.")
     else:  # evaluation measures every method by the same likelihood, which is not on the scale of the reward
         charts = chart(
-            "Judge's reward", "weights after iteration", series[1:], "Mean of the training images; -1..1 for SRUM."
+            "Judge's reward",
+            "weights after iteration",
+            series[1:],
+            "Mean of the training images; -1..1 for SRUM, 0..1 for drawing tasks.",
         )
         charts += chart(
             "Likelihood of held-out prompts", "weights after iteration", series[:1],
@@ -273,7 +276,7 @@ def section(title: str, body: str) -> str:
 
 def render(truth: Truth) -> str:
     """The whole page."""
-    scored = [k for k in truth.iterations("reward") if (k, "rollout") in truth.manifests]
+    scored = truth.scored()
     accuracies, group, judged = [], None, ""
     for iteration in spread(scored, READ_ITERATIONS):
         rollouts, rewards = first_shard(truth, iteration)

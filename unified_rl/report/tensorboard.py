@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unified_rl.config import loop_of
 from unified_rl.report.figures import evaluation_grid, group_strips, group_view
+from unified_rl.report.inquiries import questions_table, tasks_table
 from unified_rl.report.overlay import overlay_sheet
 from unified_rl.report.truth import (
     Truth,
@@ -41,6 +43,8 @@ def iteration_scalars(truth: Truth, iteration: int) -> Iterator[tuple[str, float
         manifest = truth.manifests.get((iteration, stage))
         if manifest is None:
             continue
+        skips = ((n, count) for n, count in manifest.counts.items() if n.startswith(("skipped/", "dropped/")))
+        yield from ((f"iteration/{stage}_{n}", count) for n, count in skips)
         seconds = truth.seconds.get((stage, iteration))
         if seconds is not None:
             yield f"iteration/{stage}_s", seconds
@@ -49,6 +53,7 @@ def iteration_scalars(truth: Truth, iteration: int) -> Iterator[tuple[str, float
         if stage == "reward":
             yield "iteration/failed_scores", manifest.counts.get("failed", 0)
             yield from ((f"iteration/{n}", mean) for n, mean in manifest.extra.items() if n.endswith("_mean"))
+            yield from manifest.extra.get("metrics", {}).items()
         if stage == "train":
             yield from ((f"iteration/{n}", count) for n, count in manifest.counts.items() if n.startswith("groups_"))
             share = zero_std_share(manifest.counts)
@@ -91,9 +96,13 @@ def write_pictures(writer: SummaryWriter, truth: Truth) -> None:
             iteration,
             dataformats="HWC",
         )
-    scored = [k for k in truth.iterations("reward") if (k, "rollout") in truth.manifests]
-    for iteration in spread(scored, PICTURED_ITERATIONS):
+    for iteration in spread(truth.scored("understanding"), PICTURED_ITERATIONS):
+        if loop_of(truth.config, iteration) == "understanding":
+            writer.add_text("inquiry/questions", questions_table(truth, iteration), iteration)
+    for iteration in spread(truth.scored(), PICTURED_ITERATIONS):
         rollouts, rewards = first_shard(truth, iteration)
+        if loop_of(truth.config, iteration):
+            writer.add_text("inquiry/drawing_tasks", tasks_table(rollouts, rewards), iteration)
         accuracy = detector_accuracy(rollouts)
         if accuracy is not None:
             writer.add_scalar("iteration/detector_accuracy_first_shard", accuracy, iteration)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unified_rl.config import RunConfig, load_run_config
+from unified_rl.config import RunConfig, load_run_config, loop_of
 from unified_rl.evaluation.folder import evaluated_iterations, evaluation_folder, require_scores
 from unified_rl.evaluation.geneval import is_shapes_prompt
 from unified_rl.evaluation.scoring import by_category
@@ -54,6 +54,12 @@ class Truth:
     def iterations(self, stage: str) -> list[int]:
         """Iterations in which a stage is committed."""
         return sorted(k for k, s in self.manifests if s == stage)
+
+    def scored(self, loop: str = "") -> list[int]:
+        """Iterations whose rollouts are scored and not empty; of methods with two loops those of `loop`."""
+        done = [k for k in self.iterations("reward") if (k, "rollout") in self.manifests]
+        done = [k for k in done if self.manifests[k, "rollout"].counts.get("images", 0)]
+        return [k for k in done if loop_of(self.config, k) in ("", loop or "generation")]
 
     @property
     def last(self) -> int | None:
@@ -142,11 +148,12 @@ class Judged:
 
 
 def first_shard(truth: Truth, iteration: int) -> tuple[list[RolloutRecord], dict[str, RewardRecord]]:
-    """Rollouts and rewards (by key) of the first shard of an iteration."""
+    """Rollouts and rewards (by key) of the first shard of an iteration that is not empty."""
     run = truth.run
     rollout, reward = (truth.manifests[iteration, stage] for stage in ("rollout", "reward"))
-    rollouts = read_records(run.stage_folder(iteration, "rollout"), rollout.shards[:1], RolloutRecord)
-    rewards = read_records(run.stage_folder(iteration, "reward"), reward.shards[:1], RewardRecord)
+    index = next(i for i, info in enumerate(rollout.shards) if info.count)
+    rollouts = read_records(run.stage_folder(iteration, "rollout"), [rollout.shards[index]], RolloutRecord)
+    rewards = read_records(run.stage_folder(iteration, "reward"), [reward.shards[index]], RewardRecord)
     return list(rollouts), {r.key: r for r in rewards}
 
 

@@ -1,4 +1,4 @@
-"""The Generator's reward: does a drawing answer the questions of its task, and does its caption lead back to the prompt.
+"""The Generator's reward: does a drawing show the facts of its task, and does its caption lead back to the prompt.
 
 The Solver answers and captions; which weights it has is configuration. Embeddings are always those of the base weights,
 so that no role can make texts alike.
@@ -78,11 +78,10 @@ class FidelityJudge:
                 drawn = [[sample_seed(seeds[i], j, "fidelity", n) for n in range(samples)] for i, j, _ in rows]
                 replies = framed_replies(self.backbone, shown, questions, drawn, self.settings)
         answers = iter(replies.answers(self.settings, rules.answers))
+        given = [[[next(answers) for _ in range(samples)] for _ in asked] for asked in pairs]
         return [
-            check_facts(
-                [[next(answers) for _ in range(samples)] for _ in asked], [r for _, r in asked], rules.generation
-            )
-            for asked in pairs
+            check_facts(told, [reference for _, reference in asked], rules.generation)
+            for told, asked in zip(given, pairs, strict=True)
         ]
 
     @torch.inference_mode()

@@ -99,7 +99,7 @@ def state_before(run: Run, iteration: int) -> InquiryState:
 
 
 def manifest_extra(run: Run, iteration: int, shards: list[ShardInfo]) -> dict:
-    """The loop of an iteration; of understanding also state and metrics, from its rewards in the order of the shards."""
+    """The loop of an iteration; after understanding also state and metrics, from its rewards in their order."""
     loop = loop_of(run.config, iteration)
     if loop != "understanding":
         return {"loop": loop} if loop else {}
