@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from unified_rl.config import RunConfig, SelfConsistencyConfig
+from unified_rl.config import RunConfig
 from unified_rl.inquiries import InquiryRecord
 from unified_rl.records import ImageRecord
 from unified_rl.reward.proposals import parse_questions
@@ -43,20 +43,19 @@ def inquire(
     questions = [
         _question(task, proposals, row, found) for row, (task, found) in enumerate(zip(tasks, parsed, strict=True))
     ]
-    replies = _solve(backbone, shown, names, questions, config, iteration)
+    greedy, framed, places = _solve(backbone, shown, names, questions, config, iteration)
     records = []
     for number, image in enumerate(images):
         rows = range(number * ours.questions, (number + 1) * ours.questions)
+        solved = [places.get(row) for row in rows]
+        answers = [None if p is None else p * ours.answers + i for p in solved for i in range(ours.answers)]
+        tensors = _padded("answer", framed, answers, "log_probs")
+        tensors = {name: t.view(len(rows), ours.answers, *t.shape[1:]) for name, t in tensors.items()}
+        tensors |= _padded("proposer", proposals, rows, "log_probs") | _padded("greedy", greedy, solved, "entropies")
+        sampling = {name: getattr(ours, name) for name in SAMPLING}
+        asked = [questions[row] for row in rows]
         records.append(
-            InquiryRecord(
-                image_id=image.image_id,
-                seed=seeds[rows[0]],
-                policy_version=policy_version,
-                sampling={name: getattr(ours, name) for name in SAMPLING},
-                image=image.image,
-                questions=[questions[row] for row in rows],
-                tensors=_tensors(proposals, replies, rows, ours),
-            )
+            InquiryRecord(image.image_id, seeds[rows[0]], policy_version, sampling, image.image, asked, tensors)
         )
     return records
 
@@ -89,62 +88,50 @@ def _question(task: str, proposals: Replies, row: int, found: str | Skipped) -> 
 def _solve(
     backbone: Backbone, shown: list, names: list[tuple[str, int]], questions: list[dict], config: RunConfig,
     iteration: int,
-) -> dict[int, tuple[Replies, int, Replies, range]]:  # fmt: skip
-    """Fill in the answers of all questions that there are; (greedy replies, row, framed replies, rows) by question."""
+) -> tuple[Replies | None, Replies | None, dict[int, int]]:  # fmt: skip
+    """Fill in the answers of all questions that there are.
+
+    Returns:
+        Greedy replies and framed replies, None where there is no question, and for each row of an answered question
+        its place among the greedy replies.
+    """
     ours = config.self_consistency
     asked = [row for row, question in enumerate(questions) if not question["skipped"]]
     if not asked:
-        return {}
+        return None, None, {}
     images, texts = [shown[row] for row in asked], [questions[row]["question"] for row in asked]
-    seeds = [
-        [sample_seed(config.seed, iteration, f"{names[row][0]}/answer-{names[row][1]}", i) for i in range(ours.answers)]
-        for row in asked
-    ]
+    streams = [f"{image_id}/answer-{k}" for image_id, k in (names[row] for row in asked)]
+    seeds = [[sample_seed(config.seed, iteration, name, i) for i in range(ours.answers)] for name in streams]
     with backbone.role("solver"):
         greedy = greedy_replies(backbone, images, texts, ours)
         framed = framed_replies(backbone, images, texts, seeds, ours)
-    solved = {}
+    places = {}
     for place, row in enumerate(asked):
-        question, rows = questions[row], range(place * ours.answers, (place + 1) * ours.answers)
+        question, rows = questions[row], slice(place * ours.answers, (place + 1) * ours.answers)
         if not bool(greedy.row(place, "entropies").isfinite().all()):
             question["question"], question["skipped"] = "", Skipped(SkipReason.BAD_ENTROPY, question["question"]).text
             continue
-        pieces = [backbone.tokenizer.decode([i], skip_special_tokens=True) for i in greedy.row(place).tolist()]
         question |= {
-            "greedy": greedy.traj.texts[place], "greedy_pieces": pieces, "greedy_truncated": greedy.truncated[place],
-            "answers": [framed.traj.texts[i] for i in rows], "answers_truncated": [framed.truncated[i] for i in rows],
-        }  # fmt: skip
-        solved[row] = (greedy, place, framed, rows)
-    return solved
+            "greedy": greedy.traj.texts[place],
+            "greedy_pieces": [
+                backbone.tokenizer.decode([i], skip_special_tokens=True) for i in greedy.row(place).tolist()
+            ],
+            "greedy_truncated": greedy.truncated[place],
+            "answers": framed.traj.texts[rows],
+            "answers_truncated": framed.truncated[rows],
+        }
+        places[row] = place
+    return greedy, framed, places
 
 
-def _tensors(
-    proposals: Replies, solved: dict[int, tuple[Replies, int, Replies, range]], rows: range, ours: SelfConsistencyConfig
-) -> dict[str, torch.Tensor]:
-    """The tensors of one image's record."""
-    none = torch.zeros(0)
-    tensors = _padded("proposer", [proposals.row(row) for row in rows])
-    tensors |= _padded("proposer", [proposals.row(row, "log_probs") for row in rows], "log_probs")
-    greedy = {values: [] for values in ("ids", "entropies")}
-    framed = {values: [] for values in ("ids", "log_probs")}
-    for row in rows:
-        found = solved.get(row)
-        for values, kept in greedy.items():
-            kept.append(found[0].row(found[1], values) if found else none)
-        for values, kept in framed.items():
-            kept += [found[2].row(i, values) for i in found[3]] if found else [none] * ours.answers
-    for values, kept in greedy.items():
-        tensors |= _padded("greedy", kept, values)
-    for values, kept in framed.items():
-        flat = _padded("answer", kept, values)
-        tensors |= {name: t.view(len(rows), ours.answers, *t.shape[1:]) for name, t in flat.items()}
+def _padded(role: str, replies: Replies | None, rows: Sequence[int | None], values: str) -> dict[str, torch.Tensor]:
+    """`ROLE_ids`, `ROLE_VALUES` [B, T] and `ROLE_lengths` [B] of rows of the replies; None is a row of length 0."""
+    lengths = [0 if row is None else len(replies.row(row)) for row in rows]
+    tensors = {f"{role}_lengths": torch.tensor(lengths).int()}
+    for name, dtype in (("ids", torch.int32), (values, torch.float32)):
+        block = torch.zeros(len(rows), max(1, *lengths), dtype=dtype)
+        for place, row in enumerate(rows):
+            if row is not None:
+                block[place, : lengths[place]] = replies.row(row, name)
+        tensors[f"{role}_{name}"] = block
     return tensors
-
-
-def _padded(role: str, kept: list[torch.Tensor], values: str = "ids") -> dict[str, torch.Tensor]:
-    """`ROLE_VALUES` [B, T], zero behind the ends, and for ids the `ROLE_lengths` [B]."""
-    lengths = [len(row) for row in kept]
-    padded = torch.zeros(len(kept), max(1, *lengths), dtype=torch.int32 if values == "ids" else torch.float32)
-    for row, part in enumerate(kept):
-        padded[row, : len(part)] = part
-    return {f"{role}_{values}": padded} | ({f"{role}_lengths": torch.tensor(lengths).int()} if values == "ids" else {})

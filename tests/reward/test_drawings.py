@@ -1,0 +1,79 @@
+"""The judge of drawing tasks with the tiny Janus: drawings that fit their task earn more than those of another."""
+
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+from unified_rl.backbones.load import load_backbone
+from unified_rl.config import BackboneConfig, SelfConsistencyConfig
+from unified_rl.records import PromptRecord
+from unified_rl.reward.drawings import FidelityJudge
+from unified_rl.reward.skips import Skipped
+from unified_rl.shapes.prompts import prompt_records, scene_for
+from unified_rl.shapes.proposing import stated_facts
+from unified_rl.shapes.world import render
+
+SETTINGS = SelfConsistencyConfig(wording="brief", solver_tokens=8, caption_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    config = BackboneConfig(path="assets:tiny_janus", dtype="float32", attn_implementation="sdpa", device="cpu")
+    return load_backbone(config)
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """True pictures with tasks that they fulfil."""
+    made = []
+    for prompt in prompt_records("train")[8::24]:
+        pairs = [list(pair) for pair in stated_facts(prompt.metadata)][:3]
+        metadata = {"image_id": prompt.prompt_id, "quality": 1.0, "pairs": pairs}
+        image = render(scene_for(prompt.metadata, random.Random(1)))
+        made.append((image, PromptRecord(prompt.prompt_id, prompt.text, metadata)))
+    return made
+
+
+def scores(judge, images, tasks):
+    return judge.score(images, [task for _, task in tasks], list(range(len(images))))
+
+
+def test_shuffled_pairs_of_image_and_task_score_lower(backbone, tasks):
+    judge, images = FidelityJudge(backbone, SETTINGS, None), [image for image, _ in tasks]
+    matched, shuffled = scores(judge, images, tasks), scores(judge, images[5:] + images[:5], tasks)
+    both = [(m, s) for (m, _), (s, _) in zip(matched, shuffled, strict=True) if not isinstance(m, Skipped)]
+    assert len(both) > len(tasks) / 2
+    assert statistics.fmean(m for m, _ in both) > statistics.fmean(s for _, s in both if not isinstance(s, Skipped))
+    for part in ("fidelity", "caption_similarity", "image_similarity"):
+        means = [
+            statistics.fmean(parts[part] for reward, parts in made if not isinstance(reward, Skipped))
+            for made in (matched, shuffled)
+        ]
+        assert means[0] > means[1], part
+
+
+def test_the_image_decides_its_own_similarity(backbone, tasks):
+    judge = FidelityJudge(backbone, SETTINGS, None)
+    images, prompts = [image for image, _ in tasks[:4]], [tasks[0][1].text] * 4
+    similarities = judge._similarities(images, prompts)[1]
+    assert len(set(similarities)) == 4
+    assert judge._similarities([images[0]] * 2, prompts[:2])[1] == pytest.approx([similarities[0]] * 2, abs=1e-5)
+
+
+def test_sampled_answers_share_the_vote(backbone, tasks):
+    settings = SelfConsistencyConfig(wording="brief", solver_tokens=8, caption_tokens=24, fidelity_samples=3)
+    made = scores(FidelityJudge(backbone, settings, None), [image for image, _ in tasks[:4]], tasks[:4])
+    again = FidelityJudge(backbone, settings, None).score([tasks[3][0]], [tasks[3][1]], [3])
+    assert made[3][0] == pytest.approx(again[0][0], abs=1e-5)
+
+
+def test_release_pays_for_variety(backbone, tasks):
+    settings = SelfConsistencyConfig(
+        preset="self_consistency_release", wording="brief", solver_tokens=8, caption_tokens=24
+    )
+    task = tasks[0][1]
+    images = [tasks[0][0], tasks[0][0], np.full_like(tasks[0][0], 255)]
+    made = FidelityJudge(backbone, settings, None).score(images, [task] * 3, [0, 1, 2])
+    assert [parts["diversity"] for reward, parts in made if not isinstance(reward, Skipped)][-1] == 1.0
