@@ -41,12 +41,12 @@ def test_reward_of_a_question_by_hand():
 
 
 def test_controls_and_presets_change_the_rules():
-    record = inquiry("a", asked(answers=SPLIT, entropies=(0.55, 0.9)))
+    record = inquiry("a", asked(answers=SPLIT, entropies=(0.55, 0.95)))
     without = score(record, settings=SelfConsistencyConfig(wording="brief", token_entropy=False))[0].questions[0]
     assert without["reward"] == without["agreement"] and without["rank"] == 0.6
     release = SelfConsistencyConfig(wording="brief", preset="self_consistency_release")
     counted = score(record, settings=release)[0].questions[0]
-    assert counted["token_entropy"] == pytest.approx(0.9)  # from the first token of the reply on, whatever it writes
+    assert counted["token_entropy"] == pytest.approx(0.95)  # from the first token of the reply on, whatever it writes
     assert counted["rank"] == 10 / 11  # its own entropy is in the window
     assert rules_of(release).proposer == PROPOSER_RULES["self_consistency_release"]
     assert rules_of(SelfConsistencyConfig(reference_share=0.9)).generation.min_share == 0.9
