@@ -17,12 +17,19 @@ from unified_rl.config import (
     config_hash,
     keys_of,
     load_run_config,
+    loop_of,
     nearest_key,
     open_run,
     resolve,
     to_yaml,
 )
+from unified_rl.config_checks import CHOICES, MAX_FRAMINGS
 from unified_rl.launching import config_value
+from unified_rl.reward.answers import ANSWER_RULES
+from unified_rl.reward.fidelity import GENERATION_RULES
+from unified_rl.reward.role_rewards import PROPOSER_RULES
+from unified_rl.reward.self_consistency_prompts import FRAMINGS, WORDINGS
+from unified_rl.reward.token_entropy import ENTROPY_RULES
 
 RECIPE = "gvu_janus_shapes"
 
@@ -256,3 +263,68 @@ def test_flows_need_noise_for_grpo_and_know_no_temperature() -> None:
 
 def test_nothing_behind_the_equals_sign_is_the_empty_text() -> None:
     assert resolve(RECIPE, ["evaluate.prompts="]).evaluate.prompts == ""
+
+
+# ---- Ask-Solve-Generate -------------------------------------------------------------------------------------------
+
+THREE_ROLES = ("self_consistency_janus_shapes", ["data.images=somewhere"])
+
+
+def with_roles(*overrides: str) -> RunConfig:
+    return resolve(THREE_ROLES[0], [*THREE_ROLES[1], *overrides])
+
+
+def test_loops_alternate() -> None:
+    config = with_roles()
+    loops = [loop_of(config, k) for k in range(10)]
+    assert loops == (["understanding"] * 3 + ["generation"] * 2) * 2
+    alone = with_roles("self_consistency.understanding=0")
+    assert {loop_of(alone, k) for k in range(5)} == {"generation"}
+    alone = with_roles("self_consistency.generation=0")
+    assert {loop_of(alone, k) for k in range(5)} == {"understanding"}
+    assert loop_of(resolve(RECIPE), 0) == ""
+
+
+def test_three_roles_need_images_and_no_prompts(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: [self_consistency]\nbackbone: {path: x}\ndata: {images: y}\n")
+    assert resolve(str(mine)).data.prompts == ""
+    with pytest.raises(ConfigError, match="no value for data.images"):
+        resolve(str(mine), ["data.images="])
+    with pytest.raises(ConfigError, match="reward.method=gvu draws data.prompts"):
+        resolve(RECIPE, ["data.images=y"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("self_consistency.preset=evolmm", "is not one of self_consistency"),
+        ("self_consistency.wording=short", "is not one of full, brief"),
+        ("self_consistency.answers=8", "must lie in 1..7"),
+        ("self_consistency.answers=1", "a vote needs at least 2"),
+        ("self_consistency.references=0", "must lie in 1..7"),
+        ("self_consistency.fidelity_samples=8", "must lie in 1..7"),
+        ("self_consistency.questions=1", "must be at least 2"),
+        ("self_consistency.solver_top_p=0", "must lie in 0..1"),
+        ("self_consistency.hard_share=1.5", "must lie in 0..1"),
+        ("self_consistency.min_pairs=4", "more than the 3 pairs"),
+        ("self_consistency.proposer_temperature=0", "must be above 0"),
+        ("self_consistency.kl_target=.inf", "must be above 0 and finite"),
+        ("train.scope=full", "set train.scope=lora"),
+    ],
+)
+def test_impossible_settings_of_three_roles(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_roles(override)
+
+
+def test_there_is_no_loop_without_iterations() -> None:
+    with pytest.raises(ConfigError, match="nothing is left to do"):
+        with_roles("self_consistency.understanding=0", "self_consistency.generation=0")
+
+
+def test_the_configuration_names_the_presets_wordings_and_framings_that_exist() -> None:
+    assert CHOICES["self_consistency.wording"] == WORDINGS
+    for rules in (ENTROPY_RULES, PROPOSER_RULES, GENERATION_RULES, ANSWER_RULES):
+        assert tuple(rules) == CHOICES["self_consistency.preset"]
+    assert {len(framings) for framings in FRAMINGS.values()} == {MAX_FRAMINGS}

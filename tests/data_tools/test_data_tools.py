@@ -32,7 +32,7 @@ def pack(source, out, *more):
     return script("pack_prompts", source, "--out", out, *more)
 
 
-@pytest.mark.parametrize("name", ["pack_prompts", "check_shards", "show_shards"])
+@pytest.mark.parametrize("name", ["pack_prompts", "pack_images", "check_shards", "show_shards"])
 def test_help_has_an_example(name):
     done = script(name, "--help")
     assert done.returncode == 0
