@@ -45,7 +45,8 @@ def recipe(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_resolves_once_paths_are_given(path: Path) -> None:
-    config = resolve(path.stem, ["backbone.path=x", "data.prompts=y"])
+    images = ["data.images=z"] if path.stem.startswith("self_consistency") else []
+    config = resolve(path.stem, ["backbone.path=x", "data.prompts=y", *images])
     assert isinstance(config, RunConfig)
 
 

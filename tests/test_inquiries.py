@@ -42,7 +42,7 @@ def test_an_image_comes_back_unchanged():
     record = ImageRecord("i1", np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     back = ImageRecord.from_members("i1", record.to_members(), "shard")
     assert np.array_equal(back.image, record.image) and back.metadata == {}
-    with pytest.raises(RecordError, match="belongs to image i1"):
+    with pytest.raises(RecordError, match="belongs to i1"):
         ImageRecord.from_members("i2", record.to_members(), "shard")
     with pytest.raises(RecordError, match="image_id 'a.b'"):
         ImageRecord("a.b", record.image).to_members()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unified_rl import records
+from unified_rl import record_parts
 from unified_rl.record_parts import RecordError, decode_png
 
 
@@ -83,14 +83,14 @@ def test_other_and_damaged_images_are_refused(data):
 
 def test_every_truncation_of_a_png_is_refused():
     image = image_of(6, 6)
-    data = records.encode_png(image, "x")
+    data = record_parts.encode_png(image, "x")
     for length in range(len(data)):
         with pytest.raises(RecordError, match="here"):
             decode_png(data[:length], "here")
 
 
 def test_every_flipped_bit_of_a_png_is_found():
-    data = records.encode_png(image_of(3, 3), "x")
+    data = record_parts.encode_png(image_of(3, 3), "x")
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 1 << position % 8
@@ -100,10 +100,10 @@ def test_every_flipped_bit_of_a_png_is_found():
 
 def test_large_noise_image_in_several_chunks():
     image = image_of(300, 200)
-    data = records.encode_png(image, "x")
+    data = record_parts.encode_png(image, "x")
     assert data.count(b"IDAT") > 1
     assert np.array_equal(decode_png(data, "here"), image)
 
 
 def test_same_pixels_same_bytes():
-    assert records.encode_png(image_of(), "x") == records.encode_png(image_of(), "x")
+    assert record_parts.encode_png(image_of(), "x") == record_parts.encode_png(image_of(), "x")

@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 from unified_rl.manifests import is_count
 from unified_rl.record_parts import (
     STATUSES,
+    Record,
     Source,
     check_image_id,
     check_tensors,
-    decode_content,
-    decode_png,
-    decode_tensors,
-    encode_content,
-    encode_png,
-    encode_tensors,
     is_finite,
     is_unicode,
 )
@@ -37,7 +32,7 @@ INQUIRY_LISTS = {"greedy_pieces": str, "answers": str, "answers_truncated": bool
 
 
 @dataclass(eq=False)
-class InquiryRecord:
+class InquiryRecord(Record):
     """The Proposer's K questions about one image and the Solver's replies (Ask-Solve-Generate).
 
     Each of `questions` has `task` (what the Proposer was asked), `reply` and whether it was `truncated`, `question` as
@@ -66,11 +61,9 @@ class InquiryRecord:
         """Key of the inquiry in its shard: the image's."""
         return self.image_id
 
-    def _content(self) -> dict:
-        return {name: getattr(self, name) for name in self.FIELDS}
-
-    def _check(self, source: Source) -> None:
-        content = self._content()
+    def check(self, source: Source) -> None:
+        """Raise RecordError where the record breaks the contract."""
+        content = self.content()
         check_image_id(source, content)
         source.check(is_count(self.seed) and self.seed < 2**63, f"seed {self.seed!r} is not in 0..2**63-1")
         source.text(content, "policy_version")
@@ -110,27 +103,6 @@ class InquiryRecord:
         silent = int(greedy) == 0 and not bool(answers.any())
         source.check(silent if asked["skipped"] else answered, f"question {number}: lengths do not fit its state")
 
-    def to_members(self) -> dict[str, bytes]:
-        """Extension -> bytes; RecordError where the record breaks the contract."""
-        source = Source("", self.key)
-        self._check(source)
-        return {
-            "json": encode_content(source, self._content(), self.SCHEMA),
-            "png": encode_png(self.image, source.label),
-            "safetensors": encode_tensors(self.tensors),
-        }
-
-    @classmethod
-    def from_members(cls, key: str, members: dict[str, bytes], source: str) -> InquiryRecord:
-        """Inverse of `to_members`, everything checked."""
-        where = Source(source, key)
-        content = decode_content(where, members, cls)
-        image = decode_png(members["png"], where.label)
-        record = cls(**content, image=image, tensors=decode_tensors(where, members["safetensors"]))
-        record._check(where)
-        where.check(record.key == key, f"belongs to image {record.key}")
-        return record
-
 
 QUESTION_NUMBERS = ("vote_entropy", "token_entropy", "rank", "agreement")
 QUESTION_SCORE = frozenset(
@@ -139,7 +111,7 @@ QUESTION_SCORE = frozenset(
 
 
 @dataclass(eq=False)
-class InquiryReward:
+class InquiryReward(Record):
     """What the questions about one image earned. A score that is not there is a reason, never a number.
 
     Each of `questions`, in the order of the inquiry, has its `question`, or `skipped` with the reason why it has no
@@ -170,8 +142,9 @@ class InquiryReward:
         """Key of the score in its shard: the image's."""
         return self.image_id
 
-    def _check(self, source: Source) -> None:
-        content = vars(self)
+    def check(self, source: Source) -> None:
+        """Raise RecordError where the record breaks the contract."""
+        content = self.content()
         check_image_id(source, content)
         source.text(content, "policy_version")
         source.check(self.status in STATUSES, f"status {self.status!r} is not one of {', '.join(STATUSES)}")
@@ -205,18 +178,3 @@ class InquiryReward:
         source.check(scored or not any(is_finite(n) for n in numbers[:-1]), f"{where} is skipped but has a score")
         counted = {a: answers.count(a) for a in answers if a is not None}
         source.check(votes == (counted if scored else {}), f"{where}: votes are not those of its answers")
-
-    def to_members(self) -> dict[str, bytes]:
-        """Extension -> bytes; RecordError where the record breaks the contract."""
-        source = Source("", self.key)
-        self._check(source)
-        return {"json": encode_content(source, vars(self), self.SCHEMA)}
-
-    @classmethod
-    def from_members(cls, key: str, members: dict[str, bytes], source: str) -> InquiryReward:
-        """Inverse of `to_members`, everything checked."""
-        where = Source(source, key)
-        record = cls(**decode_content(where, members, cls))
-        record._check(where)
-        where.check(record.key == key, f"belongs to image {record.key}")
-        return record

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from unified_rl.manifests import is_count, strict_json
 from unified_rl.runtime import StageError
@@ -19,6 +19,7 @@ from unified_rl.runtime import StageError
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 # At most 88 characters: KEY.safetensors fits the 100 bytes of a plain tar name, without extension headers.
 KEY = re.compile(r"[A-Za-z0-9_-]{1,88}")
@@ -227,3 +228,50 @@ def check_image_id(source: Source, content: dict) -> None:
     """An image's id is good for keys, also for those of the images that are drawn after it."""
     image_id = source.text(content, "image_id")
     source.check(bool(PROMPT_ID.fullmatch(image_id)), f"image_id {image_id!r} is not {PROMPT_ID.pattern}")
+
+
+class Record:
+    """Base of dataclasses whose FIELDS are stored as JSON, `image` as PNG and `tensors` as safetensors (MEMBERS)."""
+
+    SCHEMA: ClassVar[int]
+    MEMBERS: ClassVar[tuple[str, ...]]
+    FIELDS: ClassVar[frozenset[str]]
+    key: str  # in its shard
+
+    def content(self) -> dict:
+        """For JSON."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    def check(self, source: Source) -> None:
+        """Raise RecordError where the record breaks the contract."""
+        raise NotImplementedError
+
+    @staticmethod
+    def restore(content: dict, source: Source) -> dict:
+        """Fields from their JSON form."""
+        return content
+
+    def to_members(self) -> dict[str, bytes]:
+        """Extension -> bytes; RecordError where the record breaks the contract."""
+        source = Source("", self.key)
+        self.check(source)
+        members = {"json": encode_content(source, self.content(), self.SCHEMA)}
+        if "png" in self.MEMBERS:
+            members["png"] = encode_png(self.image, source.label)
+        if "safetensors" in self.MEMBERS:
+            members["safetensors"] = encode_tensors(self.tensors)
+        return members
+
+    @classmethod
+    def from_members(cls, key: str, members: dict[str, bytes], source: str) -> Self:
+        """Inverse of `to_members`, everything checked; the size of an image before it is decoded."""
+        where = Source(source, key)
+        fields = cls.restore(decode_content(where, members, cls), where)
+        if "png" in cls.MEMBERS:
+            fields["image"] = decode_png(members["png"], where.label)
+        if "safetensors" in cls.MEMBERS:
+            fields["tensors"] = decode_tensors(where, members["safetensors"])
+        record = cls(**fields)
+        record.check(where)
+        where.check(record.key == key, f"belongs to {record.key}")
+        return record

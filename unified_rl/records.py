@@ -16,15 +16,12 @@ from unified_rl.record_parts import (
     MAX_SAMPLES,
     PROMPT_ID,
     STATUSES,
+    Record,
     Source,
     check_image_id,
     check_tensors,
     decode_content,
-    decode_png,
-    decode_tensors,
     encode_content,
-    encode_png,
-    encode_tensors,
     is_finite,
     is_unicode,
     sample_key,
@@ -94,7 +91,7 @@ REWARD_TENSORS = {
 
 
 @dataclass(eq=False)
-class RolloutRecord:
+class RolloutRecord(Record):
     """One image drawn by a policy, with what is needed to replay it.
 
     `image` is uint8 [H, W, 3]. `tensors` is what a trajectory of `backbones.base` stores of one image: of tokens
@@ -121,7 +118,18 @@ class RolloutRecord:
         """`{prompt_id}_{sample:02d}`."""
         return sample_key(self.prompt.prompt_id, self.sample)
 
-    def _check(self, source: Source) -> None:
+    def content(self) -> dict:
+        """For JSON; the prompt as it is stored alone."""
+        return {**super().content(), "prompt": self.prompt.to_json()}
+
+    @staticmethod
+    def restore(content: dict, source: Source) -> dict:
+        """Fields from their JSON form."""
+        return {**content, "prompt": PromptRecord.from_json(source.mapping(content, "prompt"), source)}
+
+    def check(self, source: Source) -> None:
+        """Raise RecordError where the record breaks the contract."""
+        PromptRecord.from_json(self.prompt.to_json(), source)
         content = {"policy_version": self.policy_version, "sampling": self.sampling, "plan": self.plan}
         source.check(is_count(self.sample) and self.sample < MAX_SAMPLES, f"sample {self.sample!r} is no sample number")
         source.check(is_count(self.seed) and self.seed < 2**63, f"seed {self.seed!r} is not in 0..2**63-1")
@@ -143,37 +151,9 @@ class RolloutRecord:
             consecutive = steps[0] >= 0 and steps == list(range(steps[0], steps[0] + len(steps)))
             source.check(consecutive, f"steps {steps[:8]} are not consecutive steps of a schedule")
 
-    def to_members(self) -> dict[str, bytes]:
-        """Extension -> bytes; RecordError where the record breaks the contract."""
-        source = Source("", self.key)
-        PromptRecord.from_json(self.prompt.to_json(), source)
-        self._check(source)
-        content = {
-            "prompt": self.prompt.to_json(), "sample": self.sample, "seed": self.seed,
-            "policy_version": self.policy_version, "sampling": self.sampling, "plan": self.plan,
-        }  # fmt: skip
-        return {
-            "json": encode_content(source, content, self.SCHEMA),
-            "png": encode_png(self.image, source.label),
-            "safetensors": encode_tensors(self.tensors),
-        }
-
-    @classmethod
-    def from_members(cls, key: str, members: dict[str, bytes], source: str) -> RolloutRecord:
-        """Inverse of `to_members`, everything checked; the image size before it is decoded."""
-        where = Source(source, key)
-        content = decode_content(where, members, cls)
-        prompt = PromptRecord.from_json(where.mapping(content, "prompt"), where)
-        content["prompt"] = prompt
-        image = decode_png(members["png"], where.label)
-        record = cls(**content, image=image, tensors=decode_tensors(where, members["safetensors"]))
-        record._check(where)
-        where.check(record.key == key, f"belongs to sample {record.key}")
-        return record
-
 
 @dataclass(eq=False)
-class RewardRecord:
+class RewardRecord(Record):
     """Score of one image. A failed or skipped score is a state with a reason, never a number.
 
     `tokens` are the L text pieces of the scored prompt (GvU). `regions` are what the judge said of parts of the image
@@ -204,11 +184,9 @@ class RewardRecord:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     regions: list[dict] = field(default_factory=list)
 
-    def _content(self) -> dict:
-        return {name: getattr(self, name) for name in self.FIELDS}
-
-    def _check(self, source: Source) -> None:
-        content = self._content()
+    def check(self, source: Source) -> None:
+        """Raise RecordError where the record breaks the contract."""
+        content = self.content()
         source.text(content, "prompt_id")
         source.text(content, "policy_version")
         source.text(content, "reason", empty=True)
@@ -259,26 +237,9 @@ class RewardRecord:
             else:
                 source.check(is_finite(score) and -1 <= score <= 1, f"{where}: score {score!r} is not in -1..1")
 
-    def to_members(self) -> dict[str, bytes]:
-        """Extension -> bytes; RecordError where the record breaks the contract."""
-        source = Source("", self.key)
-        self._check(source)
-        json_bytes = encode_content(source, self._content(), self.SCHEMA)
-        return {"json": json_bytes, "safetensors": encode_tensors(self.tensors)}
-
-    @classmethod
-    def from_members(cls, key: str, members: dict[str, bytes], source: str) -> RewardRecord:
-        """Inverse of `to_members`, everything checked."""
-        where = Source(source, key)
-        content = decode_content(where, members, cls)
-        where.check(content["key"] == key, f"belongs to sample {content['key']!r}")
-        record = cls(**content, tensors=decode_tensors(where, members["safetensors"]))
-        record._check(where)
-        return record
-
 
 @dataclass(eq=False)
-class ImageRecord:
+class ImageRecord(Record):
     """One image to ask about, uint8 [H, W, 3], without any label. `metadata` says at most where it is from."""
 
     SCHEMA: ClassVar[int] = 1
@@ -294,23 +255,7 @@ class ImageRecord:
         """Key of the image in its shard."""
         return self.image_id
 
-    def _check(self, source: Source) -> None:
+    def check(self, source: Source) -> None:
+        """Raise RecordError where the record breaks the contract."""
         check_image_id(source, {"image_id": self.image_id})
         source.mapping({"metadata": self.metadata}, "metadata")
-
-    def to_members(self) -> dict[str, bytes]:
-        """Extension -> bytes; RecordError where the record breaks the contract."""
-        source = Source("", self.key)
-        self._check(source)
-        content = {"image_id": self.image_id, "metadata": self.metadata}
-        return {"json": encode_content(source, content, self.SCHEMA), "png": encode_png(self.image, source.label)}
-
-    @classmethod
-    def from_members(cls, key: str, members: dict[str, bytes], source: str) -> ImageRecord:
-        """Inverse of `to_members`, everything checked; the image size before it is decoded."""
-        where = Source(source, key)
-        content = decode_content(where, members, cls)
-        record = cls(**content, image=decode_png(members["png"], where.label))
-        record._check(where)
-        where.check(record.key == key, f"belongs to image {record.key}")
-        return record
