@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from unified_rl.runtime import StageError
 
@@ -215,7 +216,8 @@ class TextTraj:
 
     Attributes:
         ids: int64 [B, T], the end-of-turn token included where the model wrote it.
-        log_probs: fp32 [B, T] under the sampled distribution (greedy: at temperature 1), 0 at padding.
+        log_probs: fp32 [B, T] under the whole distribution at the temperature (greedy: at 1), also where `top_p` kept
+            only its nucleus; 0 at padding.
         entropies: fp32 [B, T] of that distribution, nats, 0 at padding.
         mask: fp32 [B, T].
         texts: without special tokens and without the space that the chat format puts first.
@@ -277,6 +279,36 @@ def uniform_streams(seeds: Sequence[int], length: int, device: torch.device | st
     """
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows).to(device)
+
+
+def check_text_sampling(
+    texts: int, seeds: Sequence[int], max_new_tokens: int, temperature: float, top_p: float = 1.0
+) -> None:
+    """Raise unless `texts` texts can be written with these settings."""
+    if temperature < 0 or max_new_tokens < 1 or len(seeds) != texts or not 0 < top_p <= 1:
+        raise BackboneError(
+            f"temperature {temperature} below 0, max_new_tokens {max_new_tokens} below 1, top_p {top_p} not in (0, 1], "
+            f"or {len(seeds)} seeds for {texts} texts"
+        )
+
+
+def next_token(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """int64 [B]: the likeliest token at temperature 0, else one of the nucleus.
+
+    Args:
+        logits: [B, V], divided by the temperature.
+        uniforms: float64 [B].
+    """
+    return inverse_cdf(nucleus(logits, top_p), uniforms) if temperature else logits.argmax(-1)
+
+
+def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`logits` [B, V], minus infinity but for the likeliest tokens: the fewest whose probabilities reach `top_p`."""
+    if top_p == 1:
+        return logits
+    ordered, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    above = F.pad(ordered.cumsum(-1)[:, :-1], (1, 0)) >= top_p  # the likelier ones reach it already
+    return logits.masked_fill(torch.zeros_like(above).scatter(-1, order, above), -math.inf)
 
 
 def inverse_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,15 @@ from transformers import JanusProcessor
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from unified_rl.backbones.base import BackboneError, Categorical, Sampling, TextScore, TextTraj, TokenTraj
+from unified_rl.backbones.base import (
+    BackboneError,
+    Categorical,
+    Sampling,
+    TextScore,
+    TextTraj,
+    TokenTraj,
+    check_text_sampling,
+)
 from unified_rl.backbones.janus_inputs import JanusInputs
 from unified_rl.backbones.janus_sampling import guided, positions_of, sample_images, sample_text
 from unified_rl.backbones.trained import TrainedWeights
@@ -55,7 +63,7 @@ class JanusBackbone(TrainedWeights):
 
     family = "janus"
     sampling_type = Sampling
-    lora_targets = LORA_TARGETS
+    lora_targets = reading_lora_targets = LORA_TARGETS  # the same weights draw and read
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, path: str = "") -> None:
         super().__init__(model.eval().requires_grad_(False), path)
@@ -127,6 +135,11 @@ class JanusBackbone(TrainedWeights):
         """Modules that drawing and its training do not run: image tokenizer, vision tower and aligner, text head."""
         inner = self.model.model
         return [inner.vqmodel, inner.vision_model, inner.aligner, self.model.lm_head]
+
+    def frozen_when_reading(self) -> list[nn.Module]:
+        """Modules that `answer_logits` does not run: image tokenizer, and the drawn tokens' way in and out."""
+        inner = self.model.model
+        return [inner.vqmodel, inner.generation_embeddings, inner.generation_aligner, inner.generation_head]
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute the language model's layers in the backward pass; rollouts are refused from then on (no cache)."""
@@ -265,19 +278,30 @@ class JanusBackbone(TrainedWeights):
             images: uint8 [H, W, 3] or None, one per question.
             end_of_turn: also score the token that ends the answer.
         """
-        ids, mask, pixels = self.inputs.reading(images, questions)
         answer, answer_mask = self.inputs.responses(responses, end_of_turn)
-        whole = torch.cat([mask, answer_mask[:, :-1].to(mask)], 1)  # nobody reads the last answer token
+        logits = self.answer_logits(images, questions, answer, answer_mask)
+        log_probs = -F.cross_entropy(logits.transpose(1, 2), answer, reduction="none")
+        return TextScore(log_probs * answer_mask, answer_mask, answer)
+
+    def answer_logits(
+        self, images: Sequence[np.ndarray | None], questions: Sequence[str], ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """fp32 [B, T, V] logits at temperature 1 that predict each of the given tokens, in one differentiable forward.
+
+        Args:
+            ids: int64 [B, T] as `rollout_text` sampled them; mask: [B, T], 1 at tokens, with padding on the right,
+                where the logits mean nothing.
+        """
+        prompts, prompt_mask, pixels = self.inputs.reading(images, questions)
+        whole = torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask)], 1)  # nobody reads the last answer token
         hidden = self.model.model(
-            input_ids=torch.cat([ids, answer[:, :-1]], 1),
+            input_ids=torch.cat([prompts, ids[:, :-1].to(prompts)], 1),
             pixel_values=None if pixels is None else pixels.to(self.model.dtype),
             attention_mask=whole,
             position_ids=positions_of(whole),
             use_cache=False,
         ).last_hidden_state
-        logits = self.model.lm_head(hidden[:, ids.shape[1] - 1 :]).float()
-        log_probs = -F.cross_entropy(logits.transpose(1, 2), answer, reduction="none")
-        return TextScore(log_probs * answer_mask, answer_mask, answer)
+        return self.model.lm_head(hidden[:, prompts.shape[1] - 1 :]).float()
 
     def rollout_text(
         self,
@@ -287,15 +311,17 @@ class JanusBackbone(TrainedWeights):
         max_new_tokens: int,
         temperature: float,
         system: str = "",
+        top_p: float = 1.0,
     ) -> TextTraj:
-        """Answer each question; temperature 0 is greedy, otherwise a sample depends on its own seed only."""
+        """Answer each question; temperature 0 is greedy, otherwise a sample depends on its own seed only.
+
+        Args:
+            top_p: only the nucleus of that much probability is sampled from; log-probs and entropies stay those of the
+                whole distribution at this temperature.
+        """
         if system:
             raise BackboneError("Janus knows no system text; leave think mode off (reward.srum.think=false)")
-        if temperature < 0 or max_new_tokens < 1 or len(seeds) != len(questions):
-            raise BackboneError(
-                f"temperature {temperature} below 0, max_new_tokens {max_new_tokens} below 1, "
-                f"or {len(seeds)} seeds for {len(questions)} questions"
-            )
+        check_text_sampling(len(questions), seeds, max_new_tokens, temperature, top_p)
         ids, mask, pixels = self.inputs.reading(images, questions)
         tokenizer = self.tokenizer
         sampled = sample_text(
@@ -305,6 +331,7 @@ class JanusBackbone(TrainedWeights):
             seeds,
             max_new_tokens,
             temperature,
+            top_p,
             tokenizer.eos_token_id,
             tokenizer.pad_token_id,
         )

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, JanusForConditionalGeneration, StaticCache
 
-from unified_rl.backbones.base import BackboneError, Categorical, Sampling, TokenTraj, inverse_cdf, uniform_streams
+from unified_rl.backbones.base import (
+    BackboneError,
+    Categorical,
+    Sampling,
+    TokenTraj,
+    inverse_cdf,
+    next_token,
+    uniform_streams,
+)
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -133,6 +141,7 @@ def sample_text(
     seeds: Sequence[int],
     max_new_tokens: int,
     temperature: float,
+    top_p: float,
     end: int,
     pad: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -141,6 +150,7 @@ def sample_text(
     Args:
         embeddings: [B, T, D]; mask: int64 [B, T].
         temperature: 0 takes the likeliest token.
+        top_p: only the nucleus of that much probability is sampled from.
 
     Returns:
         ids int64, log_probs, entropies, mask fp32: [B, T'] each; see `TextTraj`.
@@ -154,7 +164,7 @@ def sample_text(
         if i:
             decoder.step(model.get_input_embeddings()(columns[-1][0][:, None]))
         logits = model.lm_head(decoder.hidden).float() / (temperature or 1.0)
-        token = inverse_cdf(logits, uniforms[:, i]) if temperature else logits.argmax(-1)
+        token = next_token(logits, uniforms[:, i], temperature, top_p)
         step = Categorical(logits)
         log_prob, entropy = step.log_prob(token) * running, step.entropy() * running
         columns.append((token.masked_fill(~running, pad), log_prob, entropy, running.float()))

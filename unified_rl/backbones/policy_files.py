@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,41 +20,52 @@ from unified_rl.files import atomic_write_bytes
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER = "default"
+ADAPTER = "default"  # peft's name of the adapter without a role
+ROLES = ("proposer", "solver", "generator")
 PEFT_PREFIX = "base_model.model."
 LORA_SEED = 0  # every rank and every resume must start from the same adapter
 
 
-def inject_lora(model: nn.Module, targets: str, rank: int, alpha: int) -> None:
-    """Add LoRA (fp32, output unchanged) to the modules whose whole name matches the regular expression `targets`."""
-    if has_lora(model):
-        raise BackboneError("the model already carries a LoRA adapter; load the checkpoint again")
+def inject_lora(model: nn.Module, targets: str, rank: int, alpha: int, adapter: str = ADAPTER) -> None:
+    """Add LoRA (fp32, output unchanged) to the modules whose whole name matches the regular expression `targets`.
+
+    Which adapters act is for the caller to say, see `activate`.
+    """
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    with torch.random.fork_rng(devices=[]):
+    requires_grad = {_public(name): p.requires_grad for name, p in model.named_parameters()}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         torch.manual_seed(LORA_SEED)
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        inject_adapter_in_model(config, model, adapter_name=adapter)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if is_adapter(name, adapter):
             parameter.data = parameter.data.float()  # peft takes the dtype of the base weight
         # peft switches the gradients of all parameters; which ones are trained is for the caller to say.
-        parameter.requires_grad_(requires_grad.get(name.replace(".base_layer.", "."), False))
+        parameter.requires_grad_(requires_grad.get(_public(name), False))
     model.eval()
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether `inject_lora` was called."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+def _public(name: str) -> str:
+    """A parameter's name before peft moved the weight that it adapts."""
+    return name.replace(".base_layer.", ".")
 
 
-def lora_names(model: nn.Module) -> list[str]:
-    """Names of the adapter's parameters, in the model's order."""
-    return [name for name, _ in model.named_parameters() if "lora_" in name]
+def activate(model: nn.Module, adapter: str | None) -> None:
+    """Let exactly this adapter act, None for none; a name that no module has is none as well."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # peft's own `set_adapter` also switches gradients, which is not ours to do in the middle of a forward.
+            module._active_adapter = [] if adapter is None else [adapter]
 
 
-def peft_name(name: str) -> str:
-    """Name of an adapter parameter in peft's own files."""
-    return PEFT_PREFIX + name.replace(f".{ADAPTER}.weight", ".weight")
+def is_adapter(name: str, adapter: str) -> bool:
+    """Whether the parameter `name` is one of this adapter's."""
+    return "lora_" in name and f".{adapter}." in name
+
+
+def peft_name(name: str, adapter: str) -> str:
+    """Name of an adapter's parameter in peft's own files, which do not know what the adapter is called."""
+    return PEFT_PREFIX + name.replace(f".{adapter}.weight", ".weight")
 
 
 def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
@@ -66,13 +78,17 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
 def write_adapter(
     folder: Path, tensors: Mapping[str, torch.Tensor], targets: str, rank: int, alpha: int, base: str
 ) -> Path:
-    """Write a LoRA policy as a folder that peft loads as well; returns the file with the weights."""
+    """Write a LoRA policy as a folder that peft loads as well; returns the file with the weights.
+
+    Args:
+        tensors: by `peft_name`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=targets, base_model_name_or_path=base, inference_mode=True
     )
     config.save_pretrained(folder)
-    atomic_write_bytes(folder / ADAPTER_WEIGHTS, _serialised({peft_name(k): v for k, v in tensors.items()}))
+    atomic_write_bytes(folder / ADAPTER_WEIGHTS, _serialised(tensors))
     return folder / ADAPTER_WEIGHTS
 
 
@@ -94,6 +110,7 @@ def adapter_settings(folder: Path, targets: str) -> tuple[int, int] | None:
     if config.get("target_modules") != targets:
         raise BackboneError(
             f"{folder / ADAPTER_CONFIG}: adapts {config.get('target_modules')!r}, this backbone adapts {targets!r}"
+            " there; adapters that read and adapters that draw may belong to different modules"
         )
     return config["r"], config["lora_alpha"]
 

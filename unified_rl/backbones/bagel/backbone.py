@@ -24,8 +24,8 @@ from unified_rl.backbones.bagel.inputs import SETTINGS, BagelInputs, InputSettin
 from unified_rl.backbones.bagel.model import BagelModel
 from unified_rl.backbones.bagel.sequence import Segment, pack, unpatchify
 from unified_rl.backbones.bagel.vae import FluxVae
-from unified_rl.backbones.bagel.writing import sample_text, score_text
-from unified_rl.backbones.base import BackboneError, FlowTraj, TextScore, TextTraj
+from unified_rl.backbones.bagel.writing import answer_logits, sample_text, score_text
+from unified_rl.backbones.base import BackboneError, FlowTraj, TextScore, TextTraj, check_text_sampling
 from unified_rl.backbones.trained import TrainedWeights
 
 DRAWING_MODULES = ("vae2llm.", "llm2vae.", "time_embedder.")
@@ -33,6 +33,7 @@ LORA_TARGETS = (
     r"language_model\.model\.layers\.\d+\."
     r"(self_attn\.(q|k|v|o)_proj_moe_gen|mlp_moe_gen\.(gate_proj|up_proj|down_proj))"
 )
+READING_LORA_TARGETS = LORA_TARGETS.replace("_moe_gen", "")  # the experts that read, a drawing's prompt as well
 
 
 class BagelBackbone(TrainedWeights):
@@ -48,6 +49,7 @@ class BagelBackbone(TrainedWeights):
     family = "bagel"
     sampling_type = FlowSampling
     lora_targets = LORA_TARGETS
+    reading_lora_targets = READING_LORA_TARGETS
 
     def __init__(
         self,
@@ -107,6 +109,12 @@ class BagelBackbone(TrainedWeights):
         model = self.model
         return [model.vit_model, model.connector, model.vit_pos_embed, model.language_model.lm_head]
 
+    def frozen_when_reading(self) -> list[nn.Module]:
+        """Modules that `answer_logits` does not run: the experts that draw, the latents' way in and out, their time."""
+        model = self.model
+        experts = [m for name, m in model.language_model.named_modules() if name.endswith("_moe_gen")]
+        return [model.vae2llm, model.llm2vae, model.time_embedder, model.latent_pos_embed, *experts]
+
     def enable_activation_checkpointing(self) -> None:
         """Recompute the language model's layers in the backward pass; rollouts are as before."""
         self.model.enable_activation_checkpointing()
@@ -162,8 +170,11 @@ class BagelBackbone(TrainedWeights):
                 raise BackboneError(f"{len(given)} {name} for {len(prompts)} images")
         keys = list(zip(prompts, [None] * len(prompts) if plans is None else plans, strict=True))
         places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        reads = any(p.requires_grad and not self.trained_in_full(name) for name, p in self.model.named_parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and reads):
+        # Not even looked for without gradients. An adapter that reads belongs to another role, which does not act here.
+        reads = torch.is_grad_enabled() and any(
+            p.requires_grad and not self.trained_in_full(name) for name, p in self.model.named_parameters()
+        )
+        with torch.set_grad_enabled(reads):
             context = self._read([self.inputs.drawing(*key) for key in places])
         context = context.take([places[key] for key in keys])
         return context if dropped is None else context.hide(dropped)
@@ -250,6 +261,20 @@ class BagelBackbone(TrainedWeights):
             raise BackboneError(f"{len(answers)} responses to {len(rows)} questions")
         return score_text(self.model, self.inputs.special, self._read(rows), answers, self.device)
 
+    def answer_logits(
+        self, images: Sequence[np.ndarray | None], questions: Sequence[str], ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """fp32 [B, T, V] logits at temperature 1 that predict each of the given tokens, in one differentiable pass.
+
+        Args:
+            ids: int64 [B, T] as `rollout_text` sampled them; mask: [B, T], 1 at tokens, with padding on the right,
+                where the logits mean nothing.
+        """
+        rows = self.inputs.reading(images, questions)
+        if len(ids) != len(rows):
+            raise BackboneError(f"{len(ids)} answers to {len(rows)} questions")
+        return answer_logits(self.model, self.inputs.special, rows, ids, mask, self.device)
+
     def rollout_text(
         self,
         images: Sequence[np.ndarray | None],
@@ -258,13 +283,16 @@ class BagelBackbone(TrainedWeights):
         max_new_tokens: int,
         temperature: float,
         system: str = "",
+        top_p: float = 1.0,
     ) -> TextTraj:
         """Answer each question; temperature 0 is greedy, otherwise a sample depends on its own seed only.
 
         Args:
             system: a text in front of everything else.
+            top_p: only the nucleus of that much probability is sampled from; log-probs and entropies stay those of the
+                whole distribution at this temperature.
         """
-        return self._write(self.inputs.reading(images, questions, system), seeds, max_new_tokens, temperature)
+        return self._write(self.inputs.reading(images, questions, system), seeds, max_new_tokens, temperature, top_p)
 
     def write_plans(
         self, prompts: Sequence[str], seeds: Sequence[int], max_new_tokens: int, temperature: float
@@ -277,15 +305,16 @@ class BagelBackbone(TrainedWeights):
 
     @torch.no_grad()
     def _write(
-        self, rows: Sequence[Sequence[Segment]], seeds: Sequence[int], max_new_tokens: int, temperature: float
+        self,
+        rows: Sequence[Sequence[Segment]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
     ) -> TextTraj:
-        if temperature < 0 or max_new_tokens < 1 or len(seeds) != len(rows):
-            raise BackboneError(
-                f"temperature {temperature} below 0, max_new_tokens {max_new_tokens} below 1, "
-                f"or {len(seeds)} seeds for {len(rows)} texts"
-            )
+        check_text_sampling(len(rows), seeds, max_new_tokens, temperature, top_p)
         sampled = sample_text(
-            self.model, self.inputs.special, self._read(rows), seeds, max_new_tokens, temperature, self.device
+            self.model, self.inputs.special, self._read(rows), seeds, max_new_tokens, temperature, self.device, top_p
         )
         return TextTraj(*sampled, texts=self.inputs.texts(sampled[0]))
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from unified_rl.backbones.bagel.context import Context
 from unified_rl.backbones.bagel.model import BagelModel
-from unified_rl.backbones.bagel.sequence import SpecialTokens, Text, pack
-from unified_rl.backbones.base import Categorical, TextScore, inverse_cdf, uniform_streams
+from unified_rl.backbones.bagel.sequence import PADDING, Segment, SpecialTokens, Text, pack
+from unified_rl.backbones.base import Categorical, TextScore, next_token, uniform_streams
 
 
 def score_text(
@@ -27,6 +27,33 @@ def score_text(
     return TextScore(log_probs, mask, ids)
 
 
+def answer_logits(
+    model: BagelModel,
+    special: SpecialTokens,
+    rows: Sequence[Sequence[Segment]],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    device: torch.device,
+) -> torch.Tensor:
+    """fp32 [B, T, V] logits that predict the tokens ids [B, T] behind what the rows read, in one pass of the model.
+
+    Args:
+        mask: [B, T], 1 at tokens, with padding on the right.
+    """
+    lengths = mask.sum(1).long().cpu()
+    answers = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+    opened = [[*row, Text([special.text_start, *answer[:-1]])] for row, answer in zip(rows, answers, strict=True)]
+    packed = pack(opened, model.config, special)
+    whole = (packed.segments != PADDING).sum(1)
+    # The last states of a row predict its tokens; a padded place takes any.
+    places = (whole - lengths.clamp_min(1))[:, None] + torch.arange(ids.shape[1])
+    places = places.minimum(whole[:, None] - 1).to(device)
+    packed = packed.to(device)
+    states = packed.in_rows(model(packed, Context.empty(len(rows)))[0].understanding)
+    states = states.gather(1, places[..., None].expand(-1, -1, states.shape[2]))
+    return model.logits(states).float()
+
+
 @torch.no_grad()
 def sample_text(
     model: BagelModel,
@@ -36,11 +63,13 @@ def sample_text(
     max_new_tokens: int,
     temperature: float,
     device: torch.device,
+    top_p: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write behind every row of a context until the text's end or `max_new_tokens`.
 
     Args:
         temperature: 0 takes the likeliest token.
+        top_p: only the nucleus of that much probability is sampled from.
 
     Returns:
         ids int64, log_probs, entropies, mask fp32: [B, T] each; see `TextTraj`.
@@ -53,7 +82,7 @@ def sample_text(
     for i in range(max_new_tokens):
         hidden, context = model(layout, context)
         logits = model.logits(hidden.understanding).float() / (temperature or 1.0)
-        token = inverse_cdf(logits, uniforms[:, i]) if temperature else logits.argmax(-1)
+        token = next_token(logits, uniforms[:, i], temperature, top_p)
         step = Categorical(logits)
         log_prob, entropy = step.log_prob(token), step.entropy()
         columns.append((token.masked_fill(~running, special.text_end), log_prob * running, entropy * running, running))
