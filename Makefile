@@ -82,7 +82,7 @@ clean-run:  ## delete a run folder: RUN=...
 evidence: $(STAMP)  ## measure the learning claim with its controls: METHOD=gvu BACKBONE=janus SEEDS=3
 	@RUN="$(RUN)" launch/evidence.sh $(ARGS)
 
-tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 15 minutes on two cores
+tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 30 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)
 
 tiny-bagel: $(STAMP)  ## train the tiny BAGEL that ships with the package: 20 to 30 minutes on two cores, by estimate

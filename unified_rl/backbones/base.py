@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.utils import is_flash_attn_2_available
 
 from unified_rl.runtime import StageError
 
@@ -59,6 +60,32 @@ def check_picture(image: object, row: int) -> None:
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
         raise BackboneError(f"image {row} must be a uint8 [H, W, 3] array, not {found}")
+
+
+def distinct_images(images: Sequence[np.ndarray | None]) -> tuple[list[int], list[int]]:
+    """The rows where a picture stands first, and for every row the number of its picture among these, -1 for none.
+
+    Pictures are the same when they are one array or have equal bytes.
+    """
+    first: list[int] = []
+    known: dict[object, int] = {}
+    places = []
+    for row, image in enumerate(images):
+        if image is None:
+            places.append(-1)
+            continue
+        check_picture(image, row)
+        if id(image) not in known:  # bytes are compared once for each array
+            place = known.setdefault((image.shape, image.tobytes()), len(first))
+            first += [row] if place == len(first) else []
+            known[id(image)] = place
+        places.append(known[id(image)])
+    return first, places
+
+
+def images_repeat(images: Sequence[np.ndarray | None]) -> bool:
+    """Whether a picture stands in more than one row, so that sharing what is read of it saves anything."""
+    return len(distinct_images(images)[0]) < sum(image is not None for image in images)
 
 
 def check_text(text: str, control: Iterable[str]) -> None:
@@ -279,6 +306,30 @@ def uniform_streams(seeds: Sequence[int], length: int, device: torch.device | st
     """
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows).to(device)
+
+
+def embedding(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """fp32 [B, D]: the mean of states [B, T, D] over the tokens of mask [B, T], at unit length.
+
+    Raises:
+        BackboneError: a row without a token.
+    """
+    if not mask.any(1).all():
+        raise BackboneError(f"text {int((~mask.any(1)).nonzero()[0])} is empty, so it has no embedding")
+    mask = mask.float()[..., None]
+    return F.normalize((states.float() * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`requested`, or for `auto` flash_attention_2 where it can run, else sdpa."""
+    if requested != "auto":
+        return requested
+    return "flash_attention_2" if flash_attention_runs(device, dtype) else "sdpa"
+
+
+def flash_attention_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this is a GPU in half precision with the package."""
+    return dtype in (torch.float16, torch.bfloat16) and device.type == "cuda" and is_flash_attn_2_available()
 
 
 def check_text_sampling(

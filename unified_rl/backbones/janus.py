@@ -17,7 +17,6 @@ import transformers
 from torch import nn
 from transformers import JanusProcessor
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.utils import is_flash_attn_2_available
 
 from unified_rl.backbones.base import (
     BackboneError,
@@ -27,9 +26,12 @@ from unified_rl.backbones.base import (
     TextTraj,
     TokenTraj,
     check_text_sampling,
+    choose_attention,
+    embedding,
+    images_repeat,
 )
 from unified_rl.backbones.janus_inputs import JanusInputs
-from unified_rl.backbones.janus_sampling import guided, positions_of, sample_images, sample_text
+from unified_rl.backbones.janus_sampling import PrefixDecoder, guided, positions_of, sample_images, sample_text
 from unified_rl.backbones.trained import TrainedWeights
 
 LORA_TARGETS = (
@@ -95,7 +97,8 @@ class JanusBackbone(TrainedWeights):
         Args:
             attn_implementation: `auto` takes flash_attention_2 where it can run, else sdpa.
             ds_config: a DeepSpeed ZeRO-3 configuration; weights are then partitioned over the ranks while they are
-                read, and only `image_dist`, `text_logps` and the rollouts work on them.
+                read, and only `image_dist`, `cell_losses`, `answer_logits`, `text_logps` with gradients and the
+                rollouts work on them.
 
         Raises:
             BackboneError: not a Janus in that layout, or weights missing from it.
@@ -272,14 +275,22 @@ class JanusBackbone(TrainedWeights):
         responses: Sequence[str],
         end_of_turn: bool = False,
     ) -> TextScore:
-        """Log-probs of the tokens of `responses` as answers, in one teacher-forced, differentiable forward.
+        """Log-probs of the tokens of `responses` as answers, teacher-forced and differentiable.
+
+        Without gradients, an image that several rows have is read once.
 
         Args:
             images: uint8 [H, W, 3] or None, one per question.
             end_of_turn: also score the token that ends the answer.
         """
         answer, answer_mask = self.inputs.responses(responses, end_of_turn)
-        logits = self.answer_logits(images, questions, answer, answer_mask)
+        if torch.is_grad_enabled() or not images_repeat(images):
+            logits = self.answer_logits(images, questions, answer, answer_mask)
+        else:
+            decoder = self._prompted(images, questions, answer.shape[1])
+            before = decoder.hidden[:, None]
+            states = decoder.step(self.model.get_input_embeddings()(answer), answer_mask)
+            logits = self.model.lm_head(torch.cat([before, states[:, :-1]], 1)).float()
         log_probs = -F.cross_entropy(logits.transpose(1, 2), answer, reduction="none")
         return TextScore(log_probs * answer_mask, answer_mask, answer)
 
@@ -315,6 +326,8 @@ class JanusBackbone(TrainedWeights):
     ) -> TextTraj:
         """Answer each question; temperature 0 is greedy, otherwise a sample depends on its own seed only.
 
+        An image that several questions have is read once.
+
         Args:
             top_p: only the nucleus of that much probability is sampled from; log-probs and entropies stay those of the
                 whole distribution at this temperature.
@@ -322,20 +335,35 @@ class JanusBackbone(TrainedWeights):
         if system:
             raise BackboneError("Janus knows no system text; leave think mode off (reward.srum.think=false)")
         check_text_sampling(len(questions), seeds, max_new_tokens, temperature, top_p)
-        ids, mask, pixels = self.inputs.reading(images, questions)
-        tokenizer = self.tokenizer
-        sampled = sample_text(
-            self.model,
-            self._reading_embeddings(ids, pixels),
-            mask,
-            seeds,
-            max_new_tokens,
-            temperature,
-            top_p,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-        )
+        decoder = self._prompted(images, questions, max_new_tokens - 1)
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        sampled = sample_text(self.model, decoder, seeds, max_new_tokens, temperature, top_p, end, pad)
         return TextTraj(*sampled, texts=self.inputs.texts(sampled[0]))
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[np.ndarray | None], texts: Sequence[str]) -> torch.Tensor:
+        """fp32 [B, D] of unit length: mean of the last hidden states of each text's tokens, read as the model's answer.
+
+        Args:
+            images: uint8 [H, W, 3] that the texts speak of, or None; with one text for all, an embedding of the image.
+        """
+        ids, mask = self.inputs.responses(texts, end_of_turn=False)
+        decoder = self._prompted(images, [""] * len(texts), ids.shape[1])
+        return embedding(decoder.step(self.model.get_input_embeddings()(ids), mask), mask)
+
+    @torch.no_grad()
+    def _prompted(self, images: Sequence[np.ndarray | None], questions: Sequence[str], room: int) -> PrefixDecoder:
+        """All questions read, each with room for `room` tokens behind it; an image that several have is read once."""
+        language_model = self.model.model.language_model
+        if not images_repeat(images):
+            ids, mask, pixels = self.inputs.reading(images, questions)
+            rows = torch.arange(len(ids), device=ids.device)
+            return PrefixDecoder(language_model, self._reading_embeddings(ids, pixels), mask, rows, room)
+        starts, pixels, rows, ids, mask = self.inputs.shared_reading(images, questions)
+        embeddings, room = self._reading_embeddings(starts, pixels), ids.shape[1] + room
+        decoder = PrefixDecoder(language_model, embeddings, torch.ones_like(starts), rows, room)
+        decoder.step(self.model.get_input_embeddings()(ids), mask)
+        return decoder
 
     @torch.no_grad()
     def _reading_embeddings(self, ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
@@ -366,11 +394,3 @@ def check_layout(folder: Path) -> None:
             else ""
         )
         raise BackboneError(f"{config}: model_type is {kind!r}, not 'janus'{hint}")
-
-
-def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`requested`, or for `auto` flash_attention_2 on a GPU in half precision that has it, else sdpa."""
-    if requested != "auto":
-        return requested
-    half = dtype in (torch.float16, torch.bfloat16)
-    return "flash_attention_2" if half and device.type == "cuda" and is_flash_attn_2_available() else "sdpa"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import JanusProcessor
 
-from unified_rl.backbones.base import BackboneError, check_picture, check_text
+from unified_rl.backbones.base import BackboneError, check_picture, check_text, distinct_images
 
 
 class JanusInputs:
@@ -28,6 +28,7 @@ class JanusInputs:
         self.tokenizer = processor.tokenizer
         self.device = device
         self.boi_id: int = self.tokenizer.convert_tokens_to_ids(processor.image_start_token)
+        self.image_id: int = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         self.response_lead = self._response_lead()
 
     def _response_lead(self) -> str:
@@ -84,15 +85,48 @@ class JanusInputs:
         Args:
             images: uint8 [H, W, 3] of any size, or None for a question without an image.
         """
+        texts = self._reading_chat(images, questions)
+        pictures = [_picture(image, row) for row, image in enumerate(images) if image is not None]
+        batch = self._processed(texts, images=pictures or None)
+        return batch["input_ids"], batch["attention_mask"], batch.get("pixel_values")
+
+    def _reading_chat(self, images: Sequence[np.ndarray | None], questions: Sequence[str]) -> list[str]:
         if len(images) != len(questions):
             raise BackboneError(f"{len(images)} images but {len(questions)} questions")
-        contents = [
-            ([] if image is None else [{"type": "image"}]) + [{"type": "text", "text": question}]
-            for image, question in zip(images, questions, strict=True)
-        ]
-        pictures = [_picture(image, row) for row, image in enumerate(images) if image is not None]
-        batch = self._processed(self._chat(contents), images=pictures or None)
-        return batch["input_ids"], batch["attention_mask"], batch.get("pixel_values")
+        return self._chat(
+            [
+                ([] if image is None else [{"type": "image"}]) + [{"type": "text", "text": question}]
+                for image, question in zip(images, questions, strict=True)
+            ]
+        )
+
+    def shared_reading(
+        self, images: Sequence[np.ndarray | None], questions: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same tokens as `reading`, cut behind the image.
+
+        Returns:
+            What ends with each of D distinct images: ids int64 [D, T] and pixels fp32 [D, 3, H, W]. For every row, its
+            number among these (-1: the row has no image), int64 [B]; ids and mask int64 [B, R] of what follows,
+            padded on the left.
+        """
+        texts = self._reading_chat(images, questions)
+        first, places = distinct_images(images)
+        bare = [row for row, place in enumerate(places) if place < 0]
+        pictures = [_picture(images[row], row) for row in first]
+        batch = self._processed([texts[row] for row in (*first, *bare)], images=pictures)
+        written = [ids[mask == 1] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        starts = torch.stack([ids[: int((ids == self.image_id).nonzero()[-1]) + 1] for ids in written[: len(first)]])
+        # The text behind an image starts with a special token, where tokenizers cut anyway.
+        rests = [self.processor.image_end_token + text.partition(self.processor.image_token)[2] for text in texts]
+        behind = self.tokenizer(rests, add_special_tokens=False)["input_ids"]
+        for row, ids in zip(bare, written[len(first) :], strict=True):
+            behind[row] = ids.tolist()
+        width, pad = max(map(len, behind)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in behind], device=self.device)
+        lengths = torch.tensor([len(row) for row in behind], device=self.device)
+        mask = (torch.arange(width, 0, -1, device=self.device) <= lengths[:, None]).long()
+        return starts, batch["pixel_values"], torch.tensor(places, device=self.device), ids, mask
 
     def responses(self, texts: Sequence[str], end_of_turn: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids int64 [B, L] and mask fp32 [B, L] of assistant texts, padded on the right (L is at least 1)."""

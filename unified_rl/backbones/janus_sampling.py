@@ -28,64 +28,87 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
 class PrefixDecoder:
     """A language model after a prompt, ready for one token at a time.
 
-    The prompt is run once; its keys and values are then copied, repeated for the samples that continue it, into a
-    static cache. On a GPU that keeps every step's tensors at the same address and size; on a CPU it is several times
+    The prompt is run once; its keys and values are then copied, once for every row that continues it, into a static
+    cache. On a GPU that keeps every step's tensors at the same address and size; on a CPU it is several times
     faster than a growing cache, which copies all keys and values at every step.
 
     Args:
         language_model: of the Janus.
         embeddings: [P, T, D] prompts, padded on the left.
         mask: int64 [P, T].
-        repeats: samples per prompt; they follow one another in the batch.
-        new_tokens: how many steps there will be at most.
+        rows: int64 [B], the prompt that each row of the batch continues, -1 for none.
+        new_tokens: how many tokens there will be behind it at most.
 
     Attributes:
-        hidden: [P * repeats, D], the last layer's output after the newest token.
+        hidden: [B, D], the last layer's output after the newest token.
 
     Raises:
         BackboneError: the model recomputes activations, which excludes a cache.
     """
 
     def __init__(
-        self, language_model: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, repeats: int, new_tokens: int
+        self,
+        language_model: nn.Module,
+        embeddings: torch.Tensor,
+        mask: torch.Tensor,
+        rows: torch.Tensor,
+        new_tokens: int,
     ) -> None:
         if any(layer.training for layer in language_model.layers):  # transformers would drop the cache without a word
             raise BackboneError("activation checkpointing keeps no key-value cache; sample before switching it on")
         self.language_model = language_model
         self.length = mask.shape[1]
-        positions = positions_of(mask)
         prompt = DynamicCache(config=language_model.config)
         hidden = language_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions_of(mask),
             past_key_values=prompt,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        self.hidden = hidden.repeat_interleave(repeats, 0)
-        self.position = positions[:, -1:].repeat_interleave(repeats, 0)
+        stored = rows.clamp_min(0)
+        seen = mask[stored].bool() & (rows >= 0)[:, None]
+        self.hidden = hidden[stored]
+        self.position = seen.sum(1, keepdim=True) - 1
         self.cache = StaticCache(config=language_model.config, max_cache_len=self.length + new_tokens)
         for index, layer in enumerate(prompt.layers):
-            keys, values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
-            self.cache.update(keys, values, index)
-        # Tokens that may be seen, bool [B, T + new_tokens]; grows by one column a step.
-        self.visible = F.pad(mask.repeat_interleave(repeats, 0).bool(), (0, new_tokens))
-        # A ready-made [B, 1, 1, K] mask spares transformers building one at every step, but only sdpa takes it.
+            self.cache.update(layer.keys[stored], layer.values[stored], index)
+        # Tokens that may be seen, bool [B, T + new_tokens]; grows with every step.
+        self.visible = F.pad(seen, (0, new_tokens))
+        # A ready-made [B, 1, L, K] mask spares transformers building one at every step, but only sdpa takes it.
         self.ready_made = language_model.config._attn_implementation == "sdpa"
 
-    def step(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Append one token per row, embeddings [B, 1, D]; returns the new `hidden` [B, D]."""
-        self.visible[:, self.length] = True
-        self.position = self.position + 1
-        self.length += 1
-        self.hidden = self.language_model(
+    def step(self, embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Append L tokens per row; returns the last layer's output after each, [B, L, D].
+
+        Args:
+            embeddings: [B, L, D].
+            mask: [B, L], 0 at padding, on either side; default: no padding.
+        """
+        count = embeddings.shape[1]
+        if mask is None:
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        positions = self.position + mask.long().cumsum(1)
+        self.visible[:, self.length : self.length + count] = mask.bool()
+        self.length += count
+        states = self.language_model(
             inputs_embeds=embeddings,
-            attention_mask=self.visible[:, None, None] if self.ready_made else self.visible[:, : self.length],
-            position_ids=self.position,
+            attention_mask=self._seen(count) if self.ready_made else self.visible[:, : self.length],
+            position_ids=positions.clamp_min(0),
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
-        return self.hidden
+        ).last_hidden_state
+        self.hidden, self.position = states[:, -1], positions[:, -1:]
+        return states
+
+    def _seen(self, count: int) -> torch.Tensor:
+        """bool [B, 1, count, K], what each of the newest tokens sees."""
+        if count == 1:
+            return self.visible[:, None, None]
+        columns = torch.arange(self.visible.shape[1], device=self.visible.device)
+        own = torch.arange(self.length - count, self.length, device=columns.device)[:, None]
+        # A padded token sees itself: a row of nothing but padding would have no softmax.
+        return (self.visible[:, None, None] & (columns <= own)) | (columns == own)
 
 
 def guided(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -120,7 +143,8 @@ def sample_images(
     repeats = len(seeds) // (len(ids) // 2 if guidance else len(ids))
     uniforms = uniform_streams(seeds, length, ids.device)
     embeddings = model.get_input_embeddings()(ids)
-    decoder = PrefixDecoder(model.model.language_model, embeddings, mask, repeats, length - 1)
+    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(repeats)
+    decoder = PrefixDecoder(model.model.language_model, embeddings, mask, rows, length - 1)
     actions = torch.empty(len(seeds), length, dtype=torch.long, device=ids.device)
     log_probs = torch.empty(len(seeds), length, device=ids.device)
     for i in range(length):
@@ -136,8 +160,7 @@ def sample_images(
 @torch.no_grad()
 def sample_text(
     model: JanusForConditionalGeneration,
-    embeddings: torch.Tensor,
-    mask: torch.Tensor,
+    decoder: PrefixDecoder,
     seeds: Sequence[int],
     max_new_tokens: int,
     temperature: float,
@@ -145,20 +168,19 @@ def sample_text(
     end: int,
     pad: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Continue each prompt until the token `end` or `max_new_tokens`.
+    """Continue each row of a decoder until the token `end` or `max_new_tokens`.
 
     Args:
-        embeddings: [B, T, D]; mask: int64 [B, T].
+        decoder: with room for `max_new_tokens` - 1.
         temperature: 0 takes the likeliest token.
         top_p: only the nucleus of that much probability is sampled from.
 
     Returns:
         ids int64, log_probs, entropies, mask fp32: [B, T'] each; see `TextTraj`.
     """
-    device = embeddings.device
+    device = decoder.hidden.device
     uniforms = uniform_streams(seeds, max_new_tokens, device)
-    decoder = PrefixDecoder(model.model.language_model, embeddings, mask, 1, max_new_tokens - 1)
-    running = torch.ones(len(mask), dtype=torch.bool, device=device)
+    running = torch.ones(len(seeds), dtype=torch.bool, device=device)
     columns = []
     for i in range(max_new_tokens):
         if i:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from unified_rl.reward.srum_prompts import THINK_INSTRUCTION, global_question, l
 
 if TYPE_CHECKING:
     from unified_rl.backbones.base import TextTraj
+    from unified_rl.backbones.load import Backbone
 
 MAX_REPLY_CHARACTERS = 2000  # of a reply that is kept, from its end, where the answer stands
 QUOTED_CHARACTERS = 80  # of a reply in the reason of a failure
@@ -76,24 +77,6 @@ class SrumScore:
         It is what logs show and what compares the images of a group; training uses the map itself.
         """
         return math.nan if self.reward_map is None else float(self.reward_map.weights.double().mean())
-
-
-class Judge(Protocol):
-    """What is asked of a backbone."""
-
-    tokenizer: Any
-
-    def rollout_text(
-        self,
-        images: Sequence[np.ndarray | None],
-        questions: Sequence[str],
-        seeds: Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        system: str = "",
-    ) -> TextTraj:
-        """See `backbones`."""
-        ...
 
 
 @dataclass
@@ -142,7 +125,7 @@ class SrumJudge:
     """
 
     def __init__(
-        self, backbone: Judge, settings: SrumConfig, grid: tuple[int, int], device: torch.device | str = "cpu"
+        self, backbone: Backbone, settings: SrumConfig, grid: tuple[int, int], device: torch.device | str = "cpu"
     ) -> None:
         self.backbone = backbone
         self.settings = settings

@@ -11,12 +11,14 @@ import torch
 
 from unified_rl.backbones.base import ReplaySettings
 from unified_rl.backbones.load import Backbone
+from unified_rl.reward.proposals import DrawingTask, parse_drawing_task, parse_questions
 from unified_rl.reward.srum_parse import JudgeScore, parse_global, parse_regions
 from unified_rl.shapes import ratings
-from unified_rl.shapes.prompts import CATEGORIES, caption_pairs, prompt_records
+from unified_rl.shapes.prompts import CATEGORIES, caption_pairs, is_prompt, metadata_of, prompt_records
+from unified_rl.shapes.proposing import PAIRS, drawing_task, proposal
 from unified_rl.shapes.questions import FAMILIES, make_questions
 from unified_rl.shapes.vocabulary import DESCRIBE
-from unified_rl.shapes.world import is_correct, render
+from unified_rl.shapes.world import detect, is_correct, render, satisfies
 
 BATCH = 64
 
@@ -112,6 +114,32 @@ def ratings_of_scenes(backbone: Backbone, seed: int, count: int) -> dict[str, fl
     rng = random.Random(f"ratings-{seed}")
     pictures, metadata = zip(*(ratings.picture_for(rng) for _ in range(count)), strict=True)
     return judging(backbone, pictures, metadata)
+
+
+@torch.no_grad()
+def proposing(backbone: Backbone, seed: int, count: int) -> dict[str, float]:
+    """What the backbone proposes at temperature 1 about `count` pictures of questions and as many of prompts.
+
+    Returns:
+        `questions`: share of replies that hold one question; `tasks`: share of drawing tasks in full form, and
+        `true_tasks`: whose prompt is true of the picture.
+    """
+    rng = random.Random(f"proposing-{seed}")
+    asked = [proposal(rng) for _ in range(count)] + [drawing_task(rng) for _ in range(count)]
+    texts = []
+    for start in range(0, len(asked), BATCH):
+        part = asked[start : start + BATCH]
+        seeds = [start + i for i in range(len(part))]
+        images = [render(made.scene) for made in part]
+        texts += backbone.rollout_text(images, [made.question for made in part], seeds, 60, 1.0).texts
+    tasks = [parse_drawing_task(text, PAIRS) for text in texts[count:]]
+    whole = [isinstance(task, DrawingTask) and not task.dropped for task in tasks]
+    true = [
+        full and is_prompt(task.prompt) and satisfies(detect(render(made.scene)), metadata_of(task.prompt))
+        for full, task, made in zip(whole, tasks, asked[count:], strict=True)
+    ]
+    questions = [isinstance(parse_questions(text)[0], str) for text in texts[:count]]
+    return {"questions": _mean(questions), "tasks": _mean(whole), "true_tasks": _mean(true)}
 
 
 def abilities(

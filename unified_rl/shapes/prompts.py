@@ -153,6 +153,11 @@ def wrong_caption(metadata: dict, scene: Scene, rng: random.Random) -> str:
     return rng.choice(choices)
 
 
+def is_prompt(text: str) -> bool:
+    """Whether `text` is one of the world's prompts."""
+    return text in _metadata_by_prompt()
+
+
 def metadata_of(prompt: str) -> dict:
     """The metadata of one of the world's prompts."""
     return _metadata_by_prompt()[prompt]

@@ -60,7 +60,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
-    """Janus-Pro's architecture at width 160: about 2.8 M parameters."""
+    """Janus-Pro's architecture at width 160: about 2.7 M parameters."""
     return JanusConfig(
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),

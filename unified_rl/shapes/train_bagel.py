@@ -21,12 +21,10 @@ from unified_rl.backbones.base import FlowTraj
 from unified_rl.shapes import training
 from unified_rl.shapes.tiny_bagel import build_checkpoint, save_model
 from unified_rl.shapes.train_vae import build_vae, save_vae, train_vae, true_latents
-from unified_rl.shapes.train_vision import PLACES, PROPERTIES, train_vision, word_vectors
+from unified_rl.shapes.train_vision import PLACES, PROPERTIES, STEPS, train_vision, word_vectors
 from unified_rl.shapes.training import Phase, drawing_batch, optimise, reading_losses
 
 SAMPLING = FlowSampling(steps=8, shift=3.0, guidance_scale=1.0)  # how the drawing is measured
-VISION_STEPS = 100
-VISION_SHARPNESS = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Settings(training.Settings):
             scattered=3,
         ),
     )  # fmt: skip
+    rating_weight: float = 2.0  # most tokens of a rating are its form, which is soon known
     copies: int = 4  # of each drawing, with another noise at another time; they cost less than as many prompts
     shift: float = 2.0  # of the times that drawing is trained at
 
@@ -78,7 +77,7 @@ def losses(backbone: BagelBackbone, settings: Settings, phase: Phase, rng: rando
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def name_patches(backbone: BagelBackbone, seed: int, log: Callable[[str], None], steps: int = VISION_STEPS) -> None:
+def name_patches(backbone: BagelBackbone, seed: int, log: Callable[[str], None], steps: int = STEPS) -> None:
     """Teach the vision tower and its connector what patches show, in the language model's word vectors."""
     model, special = backbone.model, backbone.inputs.special
 
@@ -89,7 +88,7 @@ def name_patches(backbone: BagelBackbone, seed: int, log: Callable[[str], None],
     parameters = [*model.vit_model.parameters(), *model.connector.parameters()]
     words = model.language_model.model.embed_tokens.weight
     vectors = [word_vectors(words, backbone.tokenizer, names) for names in (*PROPERTIES, *PLACES)]
-    train_vision(features, parameters, vectors, seed, log, steps, VISION_SHARPNESS)
+    train_vision(features, parameters, vectors, seed, log, steps)
 
 
 def train_joint(backbone: BagelBackbone, settings: Settings, log: Callable[[str], None]) -> None:

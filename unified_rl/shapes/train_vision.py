@@ -20,10 +20,10 @@ from unified_rl.shapes.tiny_janus import PATCH
 from unified_rl.shapes.train_vq import to_pixels
 from unified_rl.shapes.world import CELL, COLORS, GRID, SHAPES, Object, Scene, render
 
-STEPS = 300
+STEPS = 150
 BATCH = 64
 LEARNING_RATE = 1.0e-3
-SHARPNESS = 12.0  # of the logits; word vectors are used at unit length
+SHARPNESS = 2.0  # of the logits, of word vectors at unit length; the features grow until it suffices
 PROPERTIES = (tuple(COLORS), SHAPES)
 NAMES = ("colour", "shape", "column", "row")
 # What the judge's questions call a cell's left and lower edge, among the columns and the rows.
@@ -74,14 +74,12 @@ def train_vision(
     seed: int,
     log: Callable[[str], None],
     steps: int = STEPS,
-    sharpness: float = SHARPNESS,
 ) -> None:
     """Train a tower and its aligner in place.
 
     Args:
         features: [B, patches, D] of pixels [B, 3, H, W] in -1..1, through `parameters`.
         vectors: of the first of PROPERTIES and PLACES, or of all, see `word_vectors`.
-        sharpness: factor of the logits; the features grow until it suffices.
     """
     rng = random.Random(f"vision-{seed}")
     for parameter in parameters:
@@ -91,7 +89,7 @@ def train_vision(
     for step in range(1, steps + 1):
         images, labels = labelled_pictures(rng, BATCH, PATCH)
         seen = features(images)
-        logits = [sharpness * seen @ words.T for words in vectors]
+        logits = [SHARPNESS * seen @ words.T for words in vectors]
         losses = [F.cross_entropy(x.transpose(1, 2), labels[:, i], ignore_index=-1) for i, x in enumerate(logits)]
         optimizer.zero_grad(set_to_none=True)
         sum(losses).backward()

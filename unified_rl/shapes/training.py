@@ -66,14 +66,14 @@ class Settings:
     # look-ups before single questions, which build on them; then drawing, by a model that reads.
     phases: tuple[Phase, ...] = (
         Phase(steps=100, regions=28),
-        Phase(steps=200, lookups=36, regions=12),
-        Phase(steps=300, questions=24, tables=12, proposals=3, tasks=2, layouts=6, regions=8, scattered=4),
+        Phase(steps=350, lookups=36, regions=12),
+        Phase(steps=250, questions=24, tables=12, proposals=3, tasks=2, layouts=6, regions=8, scattered=4),
         Phase(
-            steps=1500, drawings=52, captions=8, questions=16, tables=4, proposals=3, tasks=2, layouts=4, regions=5,
-            scattered=3,
+            steps=1900, drawings=56, captions=8, questions=16, tables=4, proposals=3, tasks=2, layouts=4, regions=4,
+            scattered=2,
         ),
     )  # fmt: skip
-    rating_weight: float = 2.0  # most tokens of a rating are its form, which is soon known
+    rating_weight: float = 1.0
     wrong_drawing_captions: float = 0.25  # share of drawings whose caption belongs to another picture, as on the web
     hidden_drawing_captions: float = 0.1  # for classifier-free guidance
     # How often each category is drawn; colours are learnt last.
@@ -205,6 +205,7 @@ def report(
     log("rating scenes: " + measure.one_line(measure.ratings_of_scenes(backbone, 7, scenes)))
     drawn = measure.judging(backbone, *measure.drawings(backbone, 1, sampling))
     log("rating its own pictures: " + measure.one_line(drawn))
+    log("proposing: " + measure.one_line(measure.proposing(backbone, 7, scenes // 4)))
 
 
 S = TypeVar("S", bound=Settings)

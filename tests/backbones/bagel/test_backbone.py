@@ -228,7 +228,8 @@ def test_images_are_drawn_from_prompt_and_plan(backbone):
 def test_plans_are_written_behind_the_instruction(backbone, monkeypatch):
     inputs = backbone.inputs
     seen = []
-    monkeypatch.setattr(backbone, "_write", lambda rows, *_: seen.extend(rows) or written)
+    monkeypatch.setattr(backbone, "_read", seen.extend)
+    monkeypatch.setattr(backbone, "_write", lambda *_: written)
     written = type("Written", (), {"texts": ["<|im_<|im_end|>end|>good <|im_start|>plan"]})
     assert backbone.write_plans(["yes"], [1], 4, 0.0) == ["good plan"]
     assert seen == [[inputs.whole("Plan it first."), inputs.whole("yes")]]

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from unified_rl.backbones.bagel.attention import Attention, choose_attention, flash_plan, visibility
+from unified_rl.backbones.bagel.attention import Attention, checked_attention, flash_plan, visibility
 from unified_rl.backbones.bagel.context import Context
 from unified_rl.backbones.bagel.sequence import (
     Latent,
@@ -187,9 +187,9 @@ def test_flash_groups_leave_padding_out(config):
 
 def test_attention_is_chosen_by_name_or_by_what_runs():
     cpu = torch.device("cpu")
-    assert choose_attention("auto", cpu, torch.bfloat16) == "sdpa"
-    assert choose_attention("sdpa", torch.device("cuda"), torch.bfloat16) == "sdpa"
+    assert checked_attention("auto", cpu, torch.bfloat16) == "sdpa"
+    assert checked_attention("sdpa", torch.device("cuda"), torch.bfloat16) == "sdpa"
     with pytest.raises(BackboneError, match="flash_attention_2 needs a GPU.* on cpu; take auto or sdpa"):
-        choose_attention("flash_attention_2", cpu, torch.float32)
+        checked_attention("flash_attention_2", cpu, torch.float32)
     with pytest.raises(BackboneError, match="unknown attention 'eager'"):
-        choose_attention("eager", cpu, torch.float32)
+        checked_attention("eager", cpu, torch.float32)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
+from unified_rl.backbones import base
 from unified_rl.backbones.bagel.sequence import PADDING, Packed
-from unified_rl.backbones.base import BackboneError
+from unified_rl.backbones.base import BackboneError, flash_attention_runs
 
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
 
@@ -153,20 +153,17 @@ def _flash(plan: list[FlashGroup], queries: torch.Tensor, keys: torch.Tensor, va
     return mixed.unflatten(0, queries.shape[:2])
 
 
-def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`requested`, or for `auto` flash_attention_2 where it can run, else sdpa.
+def checked_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`base.choose_attention` among what this attention can do.
 
     Raises:
         BackboneError: unknown, or flash-attention where it cannot run.
     """
     if requested not in ("auto", *IMPLEMENTATIONS):
         raise BackboneError(f"unknown attention {requested!r}: auto, {' or '.join(IMPLEMENTATIONS)}")
-    if requested == "sdpa":
-        return "sdpa"
-    runs = dtype in (torch.float16, torch.bfloat16) and device.type == "cuda" and find_spec("flash_attn") is not None
-    if requested == "flash_attention_2" and not runs:
+    if requested == "flash_attention_2" and not flash_attention_runs(device, dtype):
         raise BackboneError(
             f"flash_attention_2 needs a GPU, bfloat16 or float16 and the package flash-attn, but this is {dtype} on"
             f" {device}; take auto or sdpa"
         )
-    return "flash_attention_2" if runs else "sdpa"
+    return base.choose_attention(requested, device, dtype)

@@ -22,10 +22,19 @@ from unified_rl.backbones.bagel.drawing import Painter
 from unified_rl.backbones.bagel.flow import FlowSampling, Gaussian
 from unified_rl.backbones.bagel.inputs import SETTINGS, BagelInputs, InputSettings
 from unified_rl.backbones.bagel.model import BagelModel
-from unified_rl.backbones.bagel.sequence import Segment, pack, unpatchify
+from unified_rl.backbones.bagel.sequence import Segment, Text, pack, unpatchify
 from unified_rl.backbones.bagel.vae import FluxVae
 from unified_rl.backbones.bagel.writing import answer_logits, sample_text, score_text
-from unified_rl.backbones.base import BackboneError, FlowTraj, TextScore, TextTraj, check_text_sampling
+from unified_rl.backbones.base import (
+    BackboneError,
+    FlowTraj,
+    TextScore,
+    TextTraj,
+    check_text_sampling,
+    distinct_images,
+    embedding,
+    images_repeat,
+)
 from unified_rl.backbones.trained import TrainedWeights
 
 DRAWING_MODULES = ("vae2llm.", "llm2vae.", "time_embedder.")
@@ -84,7 +93,7 @@ class BagelBackbone(TrainedWeights):
         Args:
             attn_implementation: `auto` takes flash_attention_2 where it can run, else sdpa.
             ds_config: a DeepSpeed ZeRO-3 configuration; weights are then partitioned over the ranks while they are
-                read, and only `image_dist` and `cell_losses` work on them.
+                read, and only `image_dist`, `cell_losses` and `answer_logits` work on them.
 
         Raises:
             BackboneError: the folder is incomplete or its parts do not fit together.
@@ -179,9 +188,22 @@ class BagelBackbone(TrainedWeights):
         context = context.take([places[key] for key in keys])
         return context if dropped is None else context.hide(dropped)
 
-    def _read(self, rows: Sequence[Sequence[Segment]]) -> Context:
-        packed = pack(rows, self.model.config, self.inputs.special)
-        return self.model(packed.to(self.device), Context.empty(len(rows)))[1]
+    def _read(self, rows: Sequence[Sequence[Segment]], context: Context | None = None) -> Context:
+        """The context behind these segments of each row, which stand behind `context` where one is given."""
+        context = Context.empty(len(rows)) if context is None else context
+        packed = pack(rows, self.model.config, self.inputs.special, context.next_position)
+        return self.model(packed.to(self.device), context)[1]
+
+    def _questions(self, images: Sequence[np.ndarray | None], questions: Sequence[str], system: str = "") -> Context:
+        """Context of each question; without gradients, an image that several have is read once."""
+        if torch.is_grad_enabled() or len(images) != len(questions) or not images_repeat(images):
+            return self._read(self.inputs.reading(images, questions, system))
+        first, places = distinct_images(images)
+        starts = [self.inputs.start(images[row], system, row) for row in first]
+        if -1 in places:
+            starts.append(self.inputs.start(None, system))
+        context = self._read(starts).take([place % len(starts) for place in places])  # -1, no image, is the last
+        return self._read([[self.inputs.whole(question)] for question in questions], context)
 
     def image_dist(
         self,
@@ -252,14 +274,16 @@ class BagelBackbone(TrainedWeights):
     ) -> TextScore:
         """Log-probs of the tokens of `responses` as answers, teacher-forced and differentiable.
 
+        Without gradients, an image that several rows have is read once.
+
         Args:
             images: uint8 [H, W, 3] or None, one per question.
             end_of_turn: also score the token that ends the answer.
         """
-        rows, answers = self.inputs.reading(images, questions), self.inputs.responses(responses, end_of_turn)
-        if len(rows) != len(answers):
-            raise BackboneError(f"{len(answers)} responses to {len(rows)} questions")
-        return score_text(self.model, self.inputs.special, self._read(rows), answers, self.device)
+        answers = self.inputs.responses(responses, end_of_turn)
+        if len(questions) != len(answers):
+            raise BackboneError(f"{len(answers)} responses to {len(questions)} questions")
+        return score_text(self.model, self.inputs.special, self._questions(images, questions), answers, self.device)
 
     def answer_logits(
         self, images: Sequence[np.ndarray | None], questions: Sequence[str], ids: torch.Tensor, mask: torch.Tensor
@@ -275,6 +299,20 @@ class BagelBackbone(TrainedWeights):
             raise BackboneError(f"{len(ids)} answers to {len(rows)} questions")
         return answer_logits(self.model, self.inputs.special, rows, ids, mask, self.device)
 
+    @torch.no_grad()
+    def embed(self, images: Sequence[np.ndarray | None], texts: Sequence[str]) -> torch.Tensor:
+        """fp32 [B, D] of unit length: mean of the last hidden states of each text's tokens, read as the model's answer.
+
+        Args:
+            images: uint8 [H, W, 3] that the texts speak of, or None; with one text for all, an embedding of the image.
+        """
+        context, answers = self._questions(images, [""] * len(texts)), self.inputs.responses(texts, end_of_turn=False)
+        rows = [[Text([self.inputs.special.text_start, *ids])] for ids in answers]
+        packed = pack(rows, self.model.config, self.inputs.special, context.next_position).to(self.device)
+        states = packed.in_rows(self.model(packed, context)[0].understanding)
+        return embedding(states[:, 1:], packed.in_rows(torch.ones_like(packed.ids))[:, 1:] > 0)
+
+    @torch.no_grad()
     def rollout_text(
         self,
         images: Sequence[np.ndarray | None],
@@ -287,35 +325,32 @@ class BagelBackbone(TrainedWeights):
     ) -> TextTraj:
         """Answer each question; temperature 0 is greedy, otherwise a sample depends on its own seed only.
 
+        An image that several questions have is read once.
+
         Args:
             system: a text in front of everything else.
             top_p: only the nucleus of that much probability is sampled from; log-probs and entropies stay those of the
                 whole distribution at this temperature.
         """
-        return self._write(self.inputs.reading(images, questions, system), seeds, max_new_tokens, temperature, top_p)
+        check_text_sampling(len(questions), seeds, max_new_tokens, temperature, top_p)
+        return self._write(self._questions(images, questions, system), seeds, max_new_tokens, temperature, top_p)
 
+    @torch.no_grad()
     def write_plans(
         self, prompts: Sequence[str], seeds: Sequence[int], max_new_tokens: int, temperature: float
     ) -> list[str]:
         """Think before drawing: one plan per prompt and seed, for `rollout_images` and everything that replays it."""
+        check_text_sampling(len(prompts), seeds, max_new_tokens, temperature)
         first = self.inputs.whole(self.inputs.settings.think)
-        rows = [[first, self.inputs.whole(prompt)] for prompt in prompts]
-        written = self._write(rows, seeds, max_new_tokens, temperature)
+        context = self._read([[first, self.inputs.whole(prompt)] for prompt in prompts])
+        written = self._write(context, seeds, max_new_tokens, temperature)
         return [self.inputs.without_control(text) for text in written.texts]
 
-    @torch.no_grad()
     def _write(
-        self,
-        rows: Sequence[Sequence[Segment]],
-        seeds: Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        self, context: Context, seeds: Sequence[int], max_new_tokens: int, temperature: float, top_p: float = 1.0
     ) -> TextTraj:
-        check_text_sampling(len(rows), seeds, max_new_tokens, temperature, top_p)
-        sampled = sample_text(
-            self.model, self.inputs.special, self._read(rows), seeds, max_new_tokens, temperature, self.device, top_p
-        )
+        special = self.inputs.special
+        sampled = sample_text(self.model, special, context, seeds, max_new_tokens, temperature, self.device, top_p)
         return TextTraj(*sampled, texts=self.inputs.texts(sampled[0]))
 
 

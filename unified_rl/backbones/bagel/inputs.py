@@ -115,11 +115,15 @@ class BagelInputs:
         """
         if len(images) != len(questions):
             raise BackboneError(f"{len(images)} images but {len(questions)} questions")
-        first = [self.whole(system)] if system else []
         return [
-            [*first, *([] if image is None else [self.picture(image, row)]), self.whole(question)]
+            [*self.start(image, system, row), self.whole(question)]
             for row, (image, question) in enumerate(zip(images, questions, strict=True))
         ]
+
+    def start(self, image: np.ndarray | None, system: str = "", row: int = 0) -> list[Segment]:
+        """What stands in front of a question."""
+        first = [self.whole(system)] if system else []
+        return first if image is None else [*first, self.picture(image, row)]
 
     def picture(self, image: np.ndarray, row: int = 0) -> Picture:
         """A uint8 [H, W, 3] image at a size that the vision tower takes; `row` is for messages."""

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from unified_rl.backbones.bagel.attention import choose_attention
+from unified_rl.backbones.bagel.attention import checked_attention
 from unified_rl.backbones.bagel.config import BagelConfig
 from unified_rl.backbones.bagel.model import BagelModel
 from unified_rl.backbones.base import SHOWN, BackboneError, tensor_problems
@@ -154,7 +154,7 @@ def load_model(
     folder, device = Path(folder), torch.device(device)
     weights = Weights.from_folder(folder)
     config = BagelConfig.from_folder(folder, weights.shapes)
-    return build(config, weights, dtype, device, choose_attention(attention, device, dtype), ds_config)
+    return build(config, weights, dtype, device, checked_attention(attention, device, dtype), ds_config)
 
 
 def build(
