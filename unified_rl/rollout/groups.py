@@ -32,7 +32,10 @@ def iteration_keys(keys: list[str], count: int, run_seed: int, iteration: int) -
         ConfigError: fewer than `count`.
     """
     if count > len(keys):
-        raise ConfigError(f"data.prompts_per_iteration={count} but there are only {len(keys)}; lower it or pack more")
+        raise ConfigError(
+            f"data.prompts_per_iteration={count} but there are only {len(keys)} prompts or images; "
+            "lower it or pack more"
+        )
     epoch, part = divmod(iteration, len(keys) // count)
     order = sorted(keys)
     random.Random(sample_seed(run_seed, epoch, "prompt-order", 0)).shuffle(order)
