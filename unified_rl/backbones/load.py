@@ -16,13 +16,18 @@ Backbone = JanusBackbone | BagelBackbone
 
 
 def load_backbone(
-    config: BackboneConfig, local_rank: int = 0, policy: Path | None = None, ds_config: dict | None = None
+    config: BackboneConfig,
+    local_rank: int = 0,
+    policy: Path | None = None,
+    ds_config: dict | None = None,
+    roles: bool = False,
 ) -> Backbone:
     """Base weights from `config.path`, then the trained weights of the folder `policy` where given.
 
     Args:
         local_rank: which GPU of this machine to use.
         ds_config: DeepSpeed configuration; the weights are then partitioned over the ranks as they are read.
+        roles: the policy consists of roles, which act inside `role` only.
     """
     transformers_logging.disable_progress_bar()  # one bar per worker and start says nothing in a log
     device = config.device
@@ -39,5 +44,5 @@ def load_backbone(
         ds_config=ds_config,
     )
     if policy is not None:
-        backbone.load_policy(policy)
+        (backbone.load_roles if roles else backbone.load_policy)(policy)
     return backbone

@@ -66,8 +66,11 @@ def label_of(name: str) -> str:
         "best_of_g": "best of G by the judge",
         "reward_mean": "frozen judge's reward",
         "overall": "drawing, overall",
+        "framed_answering": "answers in all framings",
     }
-    return fixed.get(name, name.replace("question_answering/", "  answers: ").replace("_", " "))
+    for kind, label in (("question_answering/", "  answers: "), ("framed_answering/", "  in all framings: ")):
+        name = name.replace(kind, label)
+    return fixed.get(name, name.replace("_", " "))
 
 
 def main(argv: list[str] | None = None) -> int:

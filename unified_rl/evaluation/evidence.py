@@ -25,9 +25,20 @@ CONTROLS = {
     "constant": {"policy.control": "constant"},
     "no_local": {"reward.srum.use_local": "false"},
     "no_global": {"reward.srum.use_global": "false"},
+    "understanding_only": {"self_consistency.generation": "0"},
+    "generation_only": {"self_consistency.understanding": "0"},
+    "no_token_entropy": {"self_consistency.token_entropy": "false"},
+    "fixed_proposer": {"self_consistency.train_proposer": "false"},
 }
-CONTROLS_OF = {"gvu": ("shuffled",), "srum": ("shuffled", "constant", "no_local", "no_global")}
-UNDERSTANDING = ("caption_ranking", "question_answering")
+CONTROLS_OF = {
+    "gvu": ("shuffled",),
+    "srum": ("shuffled", "constant", "no_local", "no_global"),
+    "self_consistency": (
+        "shuffled", "understanding_only", "generation_only", "no_token_entropy", "fixed_proposer",
+    ),
+}  # fmt: skip
+FRAMED = "framed_answering"  # answers sampled as the Solver's are; measured where there is a Solver
+UNDERSTANDING = ("caption_ranking", "question_answering", FRAMED)
 
 
 def runs_of(method: str, seeds: int, control_seeds: int) -> list[tuple[str, int]]:
@@ -74,7 +85,8 @@ def evidence(out: Path, method: str, backbone: str, seeds: int, control_seeds: i
     """Content of the evidence summary.
 
     `gain` and `controls` are changes of `overall`. `best_of_g` is what choosing among the base model's G images with
-    the same judge gains without any training.
+    the same judge gains without any training. With a Solver, `understanding_gain` and `understanding_controls` are
+    changes of `framed_answering`.
     """
     runs: dict[str, list[tuple[dict, dict]]] = {}
     for kind, seed in runs_of(method, seeds, control_seeds):
@@ -82,9 +94,15 @@ def evidence(out: Path, method: str, backbone: str, seeds: int, control_seeds: i
         runs.setdefault(kind, []).append(pair)
     main_runs = runs["main"]
     understood = [name for name in UNDERSTANDING if name in main_runs[0][0]]
+    controls = {kind: pairs for kind, pairs in runs.items() if kind != "main"}
+    solved = {
+        "understanding_gain": changes(main_runs, FRAMED),
+        "understanding_controls": {kind: changes(pairs, FRAMED) for kind, pairs in controls.items()},
+    } if FRAMED in understood else {}  # fmt: skip
     return {
         "gain": changes(main_runs, "overall"),
-        "controls": {kind: changes(pairs, "overall") for kind, pairs in runs.items() if kind != "main"},
+        "controls": {kind: changes(pairs, "overall") for kind, pairs in controls.items()},
+        **solved,
         "understanding_change": {name: changes(main_runs, name) for name in understood},
         "best_of_g": mean_interval([base["best_of_g"] - base["overall"] for base, _ in main_runs]),
         "base": mean_interval([base["overall"] for base, _ in main_runs]),
@@ -97,6 +115,9 @@ def text(result: dict) -> str:
     """One line for each interval."""
     rows = [("gain", result["gain"])]
     rows += [(f"control: {name}", value) for name, value in result["controls"].items()]
+    if "understanding_gain" in result:
+        rows.append(("understanding gain", result["understanding_gain"]))
+        rows += [(f"its control: {name}", value) for name, value in result["understanding_controls"].items()]
     rows += [(f"change of {name.replace('_', ' ')}", value) for name, value in result["understanding_change"].items()]
     rows += [
         ("best of G, untrained", result["best_of_g"]),

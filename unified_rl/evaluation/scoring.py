@@ -71,10 +71,14 @@ def drawing_scores(prompts: Outcomes) -> dict[str, float]:
 
 
 def understanding_scores(answers: dict[str, list[bool]]) -> dict[str, float]:
-    """`caption_ranking`, `question_answering/FAMILY` and their mean `question_answering`, from single outcomes."""
+    """`caption_ranking`, `KIND/FAMILY` and the mean of each KIND over its families, from single outcomes."""
     scores = {name: _mean(outcomes) for name, outcomes in answers.items()}
-    families = [value for name, value in scores.items() if name.startswith("question_answering/")]
-    return {**scores, "question_answering": _mean(families)} if families else scores
+    kinds = defaultdict(list)
+    for name, value in scores.items():
+        kind, separator, _ = name.partition("/")
+        if separator:
+            kinds[kind].append(value)
+    return scores | {kind: _mean(values) for kind, values in kinds.items()}
 
 
 def _mean(values) -> float:
@@ -112,11 +116,11 @@ def paired_values(base: dict, tuned: dict) -> dict[str, dict[str, np.ndarray]]:
         pairs["best_of_g"] = {c: _pair(base, tuned, ids, chosen_by_judge) for c, ids in groups.items()}
     pairs["reward_mean"] = {"": _pair(base, tuned, list(base["prompts"]), lambda o: np.mean(o["rewards"]))}
     answers = {n: np.array([v, tuned["answers"][n]], np.float64) for n, v in base.get("answers", {}).items()}
-    families = {n: v for n, v in answers.items() if n.startswith("question_answering/")}
     if "caption_ranking" in answers:
         pairs["caption_ranking"] = {"": answers["caption_ranking"]}
-    if families:
-        pairs["question_answering"] = families
+    for kind in dict.fromkeys(name.partition("/")[0] for name in answers if "/" in name):
+        families = {name: values for name, values in answers.items() if name.startswith(f"{kind}/")}
+        pairs[kind] = families
         pairs |= {name: {"": values} for name, values in families.items()}
     return pairs
 

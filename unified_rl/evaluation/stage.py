@@ -8,6 +8,7 @@ worker that finishes last writes scores.json and commits.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,12 +115,12 @@ def make_plan(run: Run, iteration: int) -> Plan:
     }
     size = config.rollout.groups_per_shard
     shards = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    question_sets: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
     if config.evaluate.questions > 0:
-        from unified_rl.evaluation.understanding import QUESTION_SETS
+        from unified_rl.evaluation.understanding import question_sets
 
-        question_sets = QUESTION_SETS
-    return Plan(config, folder, Marks(folder, context), shards, question_sets, policy, version, judged[0])
+        asked = question_sets(config)
+    return Plan(config, folder, Marks(folder, context), shards, asked, policy, version, judged[0])
 
 
 def evaluate(run: Run, iteration: int, ranks: Ranks) -> int:
@@ -170,20 +171,23 @@ def do_units(run: Run, iteration: int, plan: Plan, mine: list[int], ranks: Ranks
 
     config = plan.config
     set_cpu_threads(config.backbone.threads)
-    policy = load_backbone(config.backbone, ranks.local_rank, plan.policy)
+    roles = config.reward.method == "self_consistency"
+    policy = load_backbone(config.backbone, ranks.local_rank, plan.policy, roles=roles)
     judge = policy if plan.policy is None else load_backbone(config.backbone, ranks.local_rank)
     with StopRequest() as stop, progress(len(mine), "units") as bar:
         for unit in mine:
             if stop.requested:
                 log("stopped on request; run the same command again to go on")
                 return EXIT_STOPPED
-            if unit < len(plan.shards):
-                draw_shard(plan, unit, policy, judge)
-            else:
-                from unified_rl.evaluation.understanding import answer
+            draws = unit < len(plan.shards)
+            with policy.role("generator" if draws else "solver") if roles else nullcontext():
+                if draws:
+                    draw_shard(plan, unit, policy, judge)
+                else:
+                    from unified_rl.evaluation.understanding import answer
 
-                name = plan.question_sets[unit - len(plan.shards)]
-                plan.marks.write(f"answers-{name}", {"outcomes": answer(policy, name, config)})
+                    name = plan.question_sets[unit - len(plan.shards)]
+                    plan.marks.write(f"answers-{name}", {"outcomes": answer(policy, name, config)})
             bar.update()
             run.write_status(stage=STAGE, iteration=iteration, done=bar.done, total=len(mine), eta_s=bar.eta_s)
     return EXIT_OK

@@ -24,7 +24,7 @@ def stored_evidence(config: RunConfig) -> dict | None:
 
 def reported(scores: dict) -> dict[str, float]:
     """The scores of one checkpoint that a summary holds."""
-    names = ["overall", *by_category(scores["prompts"]), "caption_ranking", "question_answering"]
+    names = ["overall", *by_category(scores["prompts"]), "caption_ranking", "question_answering", "framed_answering"]
     return {name: scores[name] for name in names if name in scores}
 
 

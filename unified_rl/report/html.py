@@ -81,7 +81,8 @@ def change_cell(row: Difference) -> str:
 
 def highlights(rows: list[Difference]) -> str:
     """The few numbers that matter, large."""
-    shown = [r for r in rows if r.name in ("overall", "reward_mean", "caption_ranking", "question_answering")]
+    names = ("overall", "reward_mean", "caption_ranking", "question_answering", "framed_answering")
+    shown = [r for r in rows if r.name in names]
     cards = "".join(
         f'<div class="card"><dt>{escape(label_of(r.name))}</dt><dd>{r.base:.3f} <span aria-hidden="true">\u2192</span>'
         f'<span class="hidden"> to </span> {r.tuned:.3f}</dd></div>'

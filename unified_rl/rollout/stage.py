@@ -104,9 +104,7 @@ def draw_shards(
 
     config, loop = run.config, loop_of(run.config, iteration)
     set_cpu_threads(config.backbone.threads)
-    backbone = load_backbone(config.backbone, ranks.local_rank, None if loop else policy)
-    if loop and policy:
-        backbone.load_roles(policy)
+    backbone = load_backbone(config.backbone, ranks.local_rank, policy, roles=bool(loop))
     make = {"": drawn_batches, "understanding": asked_batches, "generation": task_batches}[loop]
     folder = run.stage_folder(iteration, STAGE)
     each = 1 if loop == "understanding" else config.rollout.group_size
