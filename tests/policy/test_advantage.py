@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unified_rl.policy.advantage import baseline_advantages, group_advantages
+from unified_rl.policy.advantage import group_advantages
 
 
 def test_hand_computed_values():
@@ -66,26 +66,3 @@ def test_invariant_to_scale_and_shift(rewards, scale, shift):
     moved, _ = group_advantages(rewards * scale + shift, std_eps=0.0)
     torch.testing.assert_close(base, moved, rtol=1e-7, atol=1e-7)
     assert abs(base.sum().item()) < 1e-9 and base.std().item() == pytest.approx(1.0)
-
-
-def test_advantages_to_baselines_by_hand():
-    rewards = torch.tensor([[0.6, 0.1, -0.3], [0.2, 0.2, 0.2]])
-    baselines = torch.tensor([[0.2, 0.2, -0.05], [0.2, 0.2, 0.2]])
-    advantages, live = baseline_advantages(rewards, baselines)
-    # differences .4, -.1, -.25, over .4
-    assert advantages[0].tolist() == pytest.approx([1.0, -0.25, -0.625])
-    assert advantages[1].tolist() == [0.0, 0.0, 0.0] and live.tolist() == [True, False]
-
-
-def test_equal_rewards_of_different_kinds_carry_signal():
-    advantages, live = baseline_advantages(torch.tensor([[0.3, 0.3]]), torch.tensor([[0.5, 0.1]]))
-    assert advantages.tolist() == [pytest.approx([-1.0, 1.0])] and live.all()
-
-
-def test_impossible_baselines_are_refused():
-    with pytest.raises(ValueError, match="groups, samples"):
-        baseline_advantages(torch.zeros(1, 2), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="groups, samples"):
-        baseline_advantages(torch.zeros(1, 0), torch.zeros(1, 0))
-    with pytest.raises(ValueError, match="finite"):
-        baseline_advantages(torch.tensor([[math.nan, 0.0]]), torch.zeros(1, 2))

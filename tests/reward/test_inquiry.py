@@ -17,7 +17,7 @@ from unified_rl.reward.votes import AGREEMENT_RULES
 
 BRIEF = SelfConsistencyConfig(wording="brief")
 SPLIT = ["red"] * 4 + ["blue"] * 3
-WARM = InquiryState(EntropyWindow(tuple(0.1 * i for i in range(10))), RunningMean(0.9), InquiryState.start().baselines)
+WARM = InquiryState(EntropyWindow(tuple(0.1 * i for i in range(10))), RunningMean(0.9))
 
 
 def score(*records, state=WARM, settings=BRIEF):
@@ -50,7 +50,7 @@ def test_controls_and_presets_change_the_rules():
     assert counted["rank"] == 10 / 11  # its own entropy is in the window
     assert rules_of(release).proposer == PROPOSER_RULES["self_consistency_release"]
     assert rules_of(SelfConsistencyConfig(reference_share=0.9)).generation.min_share == 0.9
-    moved = InquiryState(WARM.window, RunningMean(0.5), WARM.baselines)
+    moved = InquiryState(WARM.window, RunningMean(0.5))
     following = score(record, state=moved, settings=SelfConsistencyConfig(wording="brief", running_target=True))
     fixed = score(record, state=moved)
     gaussians = [
@@ -74,9 +74,6 @@ def test_the_state_after_an_iteration_does_not_depend_on_shards_or_order():
     assert after == WARM.after(scores[::-1], rules_of(BRIEF))
     assert len(after.window.values) == 15 and after.window.values[:10] == WARM.window.values
     assert after.target.value == pytest.approx(0.6 * 0.9 + 0.4 * 0.6829, abs=1e-4)
-    earned = [reward.questions[0]["reward"] for reward in score(*records)]
-    assert after.baselines["medium"].value == pytest.approx(0.4 * sum(earned) / 5)
-    assert after.baselines["hard"].value == 0.0
     assert InquiryState.from_dict(json.loads(json.dumps(after.to_dict()))) == after
     with pytest.raises(ValueError, match="no state"):
         InquiryState.from_dict({"window": {}})

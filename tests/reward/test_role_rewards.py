@@ -2,7 +2,6 @@ import pytest
 
 from unified_rl.reward.answers import SolverAnswer
 from unified_rl.reward.role_rewards import (
-    BUCKET_BASELINES,
     PROPOSER_RULES,
     SOLVER_RULES,
     choose_question,
@@ -118,8 +117,3 @@ def test_answers_of_another_vote_are_refused():
     _, votes = answered("aba")
     with pytest.raises(ValueError, match="not those that were counted"):
         solver_rewards(answers, votes)
-
-
-def test_the_baseline_of_easy_questions_stays_negative():
-    assert BUCKET_BASELINES["easy"].updated([1.0]).value == -0.05
-    assert BUCKET_BASELINES["hard"].updated([1.0]).value == pytest.approx(0.4)

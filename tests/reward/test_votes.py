@@ -9,7 +9,6 @@ from unified_rl.reward.votes import (
     AGREEMENT_RULES,
     RUNNING_TARGET,
     BucketRules,
-    adaptive_easy_entropy,
     agreement_score,
     bucket_of,
     count_votes,
@@ -107,12 +106,3 @@ def test_bounds_of_the_buckets():
     assert bucket_of(votes_of(4, 3), BucketRules(easy_entropy=0.7)) == "easy"
     assert bucket_of(votes_of(6, 1), BucketRules(easy_share=0.9)) == "medium"
     assert bucket_of(votes_of(4, 1, 1, 1), BucketRules(hard_margin=0.5)) == "hard"
-
-
-def test_a_bound_that_follows_the_votes():
-    assert adaptive_easy_entropy([0.5] * 31) is None
-    assert adaptive_easy_entropy([0.5] * 32) == 0.5
-    # 0, .01, ... .99: quartiles .2475 and .7425
-    assert adaptive_easy_entropy([i / 100 for i in range(100)]) == pytest.approx(0.2475 + 0.25 * 0.495)
-    assert adaptive_easy_entropy([0.0] * 40) == 0.10 and adaptive_easy_entropy([1.9] * 40) == 1.2
-    assert adaptive_easy_entropy([9.0] * 100 + [0.6] * 256) == pytest.approx(0.6)

@@ -34,35 +34,3 @@ def group_advantages(
     live = std >= min_std
     advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (std[:, None] + std_eps)
     return torch.where(live[:, None], advantages, torch.zeros_like(advantages)), live
-
-
-def baseline_advantages(
-    rewards: torch.Tensor, baselines: torch.Tensor, min_scale: float = 1.0e-6
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards minus a baseline for each sample, divided by the largest such difference of the group.
-
-    With baselines by difficulty (easy, medium, hard; arXiv 2606.27376) a question is compared with questions of its
-    kind, so that groups of equal rewards still carry signal.
-
-    Args:
-        rewards: [N, G] final rewards of N groups, G of at least 1; every value finite.
-        baselines: [N, G], `RunningMean` values of each sample's kind.
-        min_scale: a group whose largest difference is smaller carries no signal.
-
-    Returns:
-        advantages: fp64 [N, G] in -1..1, zero in groups without signal.
-        live: bool [N], the groups that do carry signal.
-
-    Raises:
-        ValueError: shapes that differ, or a value that is not finite.
-    """
-    if rewards.dim() != 2 or rewards.shape != baselines.shape or not rewards.shape[1]:
-        raise ValueError(
-            f"rewards and baselines must be [groups, samples], got {[*rewards.shape]}, {[*baselines.shape]}"
-        )
-    above = rewards.double() - baselines.double()
-    if not bool(torch.isfinite(above).all()):
-        raise ValueError("a reward or a baseline is not a finite number")
-    scale = above.abs().amax(dim=1, keepdim=True)
-    live = scale[:, 0] >= min_scale
-    return torch.where(live[:, None], above / scale.clamp_min(min_scale), torch.zeros_like(above)), live

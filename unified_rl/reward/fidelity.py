@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from unified_rl.reward.answers import ANSWER_RULES, AnswerRules, match, normalise, polarity
@@ -139,21 +138,6 @@ def cosines(first: torch.Tensor, second: torch.Tensor) -> list[float | Skipped]:
     return [min(max(v, -1.0), 1.0) if math.isfinite(v) else bad for v in values.tolist()]
 
 
-def likelihood_gains(with_image: torch.Tensor, without: torch.Tensor) -> list[float | Skipped]:
-    """For each of B images how much it helps to predict the prompt, `1 - exp(without - with)`, held in 0..1.
-
-    An image term of the cycle that needs no embedding: 0 where the image tells nothing about the prompt, near 1 where
-    its tokens would be improbable without it.
-
-    Args:
-        with_image: [B] mean log-probability of the prompt's tokens as the caption of the image, frozen base, nats.
-        without: [B] the same without an image.
-    """
-    bad = Skipped(SkipReason.BAD_SIMILARITY, "a log-probability is not finite")
-    gains = (with_image.double() - without.double()).tolist()
-    return [1.0 - math.exp(-max(gain, 0.0)) if math.isfinite(gain) else bad for gain in gains]
-
-
 def cycle_score(
     caption: float | Skipped, image: float | Skipped | None = None, caption_weight: float = 0.5
 ) -> float | Skipped:
@@ -161,25 +145,14 @@ def cycle_score(
 
     Args:
         caption: cosine of the embeddings of prompt and caption.
-        image: cosine of the embeddings of prompt and image, or the image's likelihood gain; None where the method does
-            without it, so that the caption alone counts.
+        image: cosine of the embeddings of prompt and image; None where the method does without it, so that the caption
+            alone counts.
     """
     for part in (caption, image):
         if isinstance(part, Skipped):
             return part
     value = caption if image is None else caption_weight * caption + (1.0 - caption_weight) * image
     return min(max(value, 0.0), 1.0)
-
-
-def check_sees_images(embeddings: torch.Tensor, images: Sequence[np.ndarray]) -> None:
-    """Raise ValueError when two of B different images have the very same embedding [B, D].
-
-    The released image term embeds a text only, so that it is the same for every image; this is how that shows.
-    """
-    for row in range(1, len(images)):
-        same = torch.equal(embeddings[row], embeddings[row - 1])
-        if same and not np.array_equal(images[row], images[row - 1]):
-            raise ValueError(f"images {row - 1} and {row} differ but their embeddings do not: the images are not seen")
 
 
 def generation_reward(

@@ -18,7 +18,6 @@ from unified_rl.policy.controllers import RunningMean
 from unified_rl.reward.answers import ANSWER_RULES, AnswerRules, SolverAnswer, answer_tokens, read_answer
 from unified_rl.reward.fidelity import GENERATION_RULES, GenerationRules
 from unified_rl.reward.role_rewards import (
-    BUCKET_BASELINES,
     PROPOSER_RULES,
     ProposerRules,
     QuestionScore,
@@ -71,37 +70,32 @@ class InquiryState:
     Attributes:
         window: recent token entropies.
         target: running mean of vote entropies.
-        baselines: running means of the Proposer's rewards by bucket.
     """
 
     window: EntropyWindow
     target: RunningMean
-    baselines: dict[str, RunningMean]
 
     @classmethod
     def start(cls) -> InquiryState:
         """Before the first question."""
-        return cls(EntropyWindow(), RUNNING_TARGET, BUCKET_BASELINES)
+        return cls(EntropyWindow(), RUNNING_TARGET)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        baselines = {bucket: mean.to_dict() for bucket, mean in self.baselines.items()}
-        return {"window": self.window.to_dict(), "target": self.target.to_dict(), "baselines": baselines}
+        return {"window": self.window.to_dict(), "target": self.target.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InquiryState:
         """Inverse of `to_dict`; ValueError where it is no state."""
-        if set(values) != {"window", "target", "baselines"} or set(values["baselines"]) != set(BUCKET_BASELINES):
+        if set(values) != {"window", "target"}:
             raise ValueError(f"no state of inquiries: {sorted(values)}")
-        baselines = {bucket: RunningMean.from_dict(values["baselines"][bucket]) for bucket in BUCKET_BASELINES}
-        return cls(EntropyWindow.from_dict(values["window"]), RunningMean.from_dict(values["target"]), baselines)
+        return cls(EntropyWindow.from_dict(values["window"]), RunningMean.from_dict(values["target"]))
 
     def after(self, scores: Sequence[QuestionScore | Skipped], rules: InquiryRules) -> InquiryState:
         """After an iteration with these questions, of all images."""
         scored = [s for s in scores if isinstance(s, QuestionScore)]
         _, window = rank_and_push(self.window, [s.token_entropy for s in scored], rules.entropy)
-        baselines = {b: m.updated([s.reward for s in scored if s.bucket == b]) for b, m in self.baselines.items()}
-        return InquiryState(window, self.target.updated([s.votes.entropy for s in scored]), baselines)
+        return InquiryState(window, self.target.updated([s.votes.entropy for s in scored]))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unified_rl.policy.controllers import RunningMean
 from unified_rl.reward.answers import SolverAnswer
 from unified_rl.reward.skips import Skipped, SkipReason
 from unified_rl.reward.votes import BucketRules, Votes, bucket_of, informativeness
@@ -38,9 +37,6 @@ PROPOSER_RULES = {
     "self_consistency": ProposerRules(),
     "self_consistency_release": ProposerRules(split_votes_only=True, easy_cap=0.20, disputed_cap=0.45),
 }
-
-# To start `policy.advantage.baseline_advantages` from, by bucket; the bound of easy questions is the release's.
-BUCKET_BASELINES = {"easy": RunningMean(-0.05, high=-0.05), "medium": RunningMean(), "hard": RunningMean()}
 
 
 @dataclass(frozen=True)

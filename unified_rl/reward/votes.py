@@ -7,7 +7,6 @@ reward. Entropies are in nats.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -148,14 +147,3 @@ def bucket_of(votes: Votes, rules: BucketRules | None = None) -> str:
     if votes.entropy <= rules.easy_entropy or votes.share >= rules.easy_share:
         return "easy"
     return "hard" if votes.entropy >= rules.hard_entropy and votes.margin <= rules.hard_margin else "medium"
-
-
-def adaptive_easy_entropy(history: Sequence[float]) -> float | None:
-    """The release's alternative to a fixed `easy_entropy`, from earlier vote entropies, oldest first.
-
-    q25 + .25 (q75 - q25) of the last 256, held in .10..1.2; None with fewer than 32, when the fixed one holds.
-    """
-    if len(history) < 32:
-        return None
-    lower, _, upper = statistics.quantiles(history[-256:], n=4, method="inclusive")
-    return min(max(lower + 0.25 * (upper - lower), 0.10), 1.2)
