@@ -42,6 +42,11 @@ class Sample:
     weights: torch.Tensor | None = None
     advantage: float = 0.0
 
+    @property
+    def old_log_probs(self) -> torch.Tensor:
+        """fp32 [S] of the decisions, under the policy that drew the image."""
+        return self.tensors["log_probs"]
+
 
 @dataclass
 class IterationData:

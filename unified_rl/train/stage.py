@@ -43,12 +43,12 @@ from unified_rl.train.batching import global_batches, micro_batches_per_rank
 from unified_rl.train.checkpoints import Checkpoint
 from unified_rl.train.drawing import DrawingPath, frozen_sha256, select_trainable
 from unified_rl.train.export import export_policy
-from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate
+from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate, inputs_of, plans_of
 from unified_rl.train.reading import ReadingPath
 from unified_rl.train.samples import IterationData
 from unified_rl.train.text_losses import ProposerUpdate, RoleState, SolverUpdate, TextUpdate
 from unified_rl.train.texts import TEXT_ROLES, TextData
-from unified_rl.train.update import Updater, recomputed_log_probs
+from unified_rl.train.update import Updater, old_log_probs
 from unified_rl.train.zero3 import TrainError, Zero3Engine
 
 STAGE = "train"
@@ -250,19 +250,22 @@ def store_metrics(run: Run, iteration: int, role: str, lines: list[dict]) -> Non
 
 
 def make_updater(run: Run, ranks: Ranks, trainer: Trainer, data: IterationData | TextData) -> Updater:
-    """The updater of the role, for GRPO on images with the old log-probs that the configuration asks for."""
+    """The updater of the role, for images of the configured kind."""
     config, engine, device, role = run.config, trainer.engine, trainer.device, trainer.role
     if role in TEXT_ROLES:
-        kind = ProposerUpdate if role == "proposer" else SolverUpdate
-        temperature = getattr(config.self_consistency, f"{role}_temperature")
         state = RoleState.of(config, trainer.state.state if trainer.state else None)
-        return Updater(kind(engine, data, config, device, temperature, state), ranks, role)
+        texts = (ProposerUpdate if role == "proposer" else SolverUpdate)(engine, data, config, device, state)
+        texts.old_log_probs = old_log_probs(config, data, lambda rows: texts.replay(rows)[1], ranks, device)
+        return Updater(texts, ranks, role)
     if config.policy.objective == "reward_weighted":
         return Updater(RewardWeightedUpdate(engine, data, config, device), ranks, role)
     sampling = trainer.backbone.sampling_type.from_dict(data.sampling)
-    old = [sample.tensors["log_probs"] for sample in data.samples]
-    if config.train.old_log_probs == "recomputed":
-        old = recomputed_log_probs(engine, data, sampling, config.train.micro_batch, ranks, device)
+
+    def replay(rows: list[int]) -> torch.Tensor:
+        samples = [data.samples[i] for i in rows]
+        return engine("decisions", *inputs_of(samples, device), sampling, None, plans_of(samples), None)[0]
+
+    old = old_log_probs(config, data, replay, ranks, device)
     return Updater(GrpoUpdate(engine, data, config, device, sampling, old), ranks, role)
 
 

@@ -14,8 +14,8 @@ from unified_rl.config import RunConfig
 from unified_rl.policy.controllers import KlController, RunningMean
 from unified_rl.policy.grpo import grpo_loss
 from unified_rl.policy.reinforce import reinforce_loss
-from unified_rl.train.texts import TextData
 from unified_rl.train.losses import Values
+from unified_rl.train.texts import TextData
 from unified_rl.train.zero3 import Zero3Engine
 
 
@@ -44,19 +44,27 @@ class RoleState:
         return {"controller": self.controller.to_dict(), "baseline": self.baseline.to_dict()}
 
 
+def padded(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Rows of different lengths as [B, T], zeros on the right."""
+    return pad_sequence(list(rows), batch_first=True).to(device)
+
+
 @dataclass
 class TextUpdate:
     """What both have in common: texts replayed at the temperature that they were sampled with.
 
     All ranks call it with the same global batches and come to the same `state`.
+
+    Attributes:
+        old_log_probs: of the policy that wrote the texts, one [T] tensor for each of the iteration.
     """
 
     engine: Zero3Engine
     data: TextData
     config: RunConfig
     device: torch.device
-    temperature: float
     state: RoleState
+    old_log_probs: list[torch.Tensor] = field(default_factory=list)
     metrics: dict[str, str] = field(init=False)
     # Name of a per-sample value -> name of its mean in the metrics.
     names: ClassVar[dict[str, str]]
@@ -64,17 +72,23 @@ class TextUpdate:
     def __post_init__(self) -> None:
         self.metrics = {"loss": "loss", "kl": "kl", "entropy": "entropy", "log_prob": "log_prob", **self.names}
 
+    @property
+    def temperature(self) -> float:
+        """At which the role's texts were sampled."""
+        raise NotImplementedError
+
+    def replay(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mask, log-probs, divergence from the base model and entropies of the texts `rows`: fp32 [B, T] each."""
+        samples = [self.data.samples[i] for i in rows]
+        ids = padded([s.ids for s in samples], self.device)
+        mask = padded([torch.ones(len(s.ids)) for s in samples], self.device)
+        images, questions = [s.image for s in samples], [s.question for s in samples]
+        return mask, *self.engine(images, questions, ids, mask, self.temperature)
+
     def __call__(self, rows: Sequence[int], number: int) -> tuple[torch.Tensor, Values]:
         """Loss [B] of the texts `rows`, and detached per-sample values [B]; `number` is not needed."""
-        samples = [self.data.samples[i] for i in rows]
-        ids, old = (
-            pad_sequence([getattr(s, name) for s in samples], batch_first=True).to(self.device)
-            for name in ("ids", "log_probs")
-        )
-        mask = pad_sequence([torch.ones(len(s.ids)) for s in samples], batch_first=True).to(self.device)
-        log_probs, kl, entropy = self.engine(
-            [s.image for s in samples], [s.question for s in samples], ids, mask, self.temperature
-        )
+        mask, log_probs, kl, entropy = self.replay(rows)
+        old = padded([self.old_log_probs[i] for i in rows], self.device)
         loss, values = self.loss(rows, log_probs, old, kl, mask)
         with torch.no_grad():
             tokens = mask.sum(dim=1)
@@ -104,6 +118,11 @@ class ProposerUpdate(TextUpdate):
         "clip_high_fraction": "clip/high_fraction",
     }
 
+    @property
+    def temperature(self) -> float:
+        """Of the Proposer."""
+        return self.config.self_consistency.proposer_temperature
+
     def loss(
         self, rows: Sequence[int], log_probs: torch.Tensor, old: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, Values]:
@@ -119,6 +138,11 @@ class SolverUpdate(TextUpdate):
     """REINFORCE on answers, their rewards taken above a running mean of earlier steps."""
 
     names = {"policy_loss": "policy_loss"}
+
+    @property
+    def temperature(self) -> float:
+        """Of the Solver."""
+        return self.config.self_consistency.solver_temperature
 
     def loss(
         self, rows: Sequence[int], log_probs: torch.Tensor, old: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor

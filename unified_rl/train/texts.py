@@ -1,4 +1,4 @@
-"""What Proposer and Solver train on: the texts that they wrote about images, joined with what the votes made of them."""
+"""What Proposer and Solver train on: the texts that they wrote about images, joined with what the votes made of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TextSample:
     Attributes:
         image: uint8 [H, W, 3] that it is about.
         question: the very words that it answers.
-        ids: int64 [T] as sampled; log_probs: fp32 [T] under the distribution that was sampled.
+        ids: int64 [T] as sampled; old_log_probs: fp32 [T] under the distribution that was sampled.
         reward: what the votes gave; `used_reward` what the update uses (another text's in the shuffled control).
         advantage: of `used_reward` within its group; 0 where a running baseline takes that place.
     """
@@ -37,7 +37,7 @@ class TextSample:
     image: np.ndarray
     question: str
     ids: torch.Tensor
-    log_probs: torch.Tensor
+    old_log_probs: torch.Tensor
     reward: float
     used_reward: float
     advantage: float = 0.0
@@ -119,9 +119,7 @@ def _replies(inquiry: InquiryRecord, reward: InquiryReward) -> Iterator[TextSamp
             yield TextSample(key, inquiry.image, asked["task"], ids.long(), log_probs, value, value)
 
 
-def solver_data(
-    pairs: Sequence[tuple[InquiryRecord, InquiryReward]], config: RunConfig, shuffle_seed: int
-) -> TextData:
+def solver_data(pairs: Sequence[tuple[InquiryRecord, InquiryReward]], config: RunConfig, shuffle_seed: int) -> TextData:
     """The readable answers to each image's chosen question; images without one are counted."""
     samples, groups, left_out = [], [], {"groups_skipped": 0, "groups_failed": 0}
     for inquiry, reward in pairs:

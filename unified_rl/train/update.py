@@ -8,21 +8,20 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from unified_rl.backbones.base import ReplaySettings
 from unified_rl.config import RunConfig
 from unified_rl.runtime import Ranks
 from unified_rl.train import zero3
 from unified_rl.train.batching import micro_batches
-from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate, inputs_of, plans_of
+from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate
 from unified_rl.train.samples import IterationData
 from unified_rl.train.text_losses import SolverUpdate, TextUpdate
-from unified_rl.train.texts import TEXT_ROLES
-from unified_rl.train.zero3 import TrainError, Zero3Engine
+from unified_rl.train.texts import TEXT_ROLES, TextData
+from unified_rl.train.zero3 import TrainError
 
 # Largest |ratio - 1| that arithmetic explains before the first update; beyond it the weights differ.
 RATIO_LIMIT = {"float32": 1e-2, "bfloat16": 0.2}
@@ -132,32 +131,34 @@ class Updater:
         return metrics
 
 
-def recomputed_log_probs(
-    engine: Zero3Engine,
-    data: IterationData,
-    sampling: ReplaySettings,
-    micro_batch: int,
+def old_log_probs(
+    config: RunConfig,
+    data: IterationData | TextData,
+    replay: Callable[[list[int]], torch.Tensor],
     ranks: Ranks,
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Log-probs [S] of every sample under the engine's weights; groups without signal keep those of the rollout."""
+    """Log-probs [S] of every sample under the policy that made it, where `train.old_log_probs` wants them from.
+
+    `recomputed` are those under the engine's weights; groups without signal keep those of the rollout.
+
+    Args:
+        replay: log-probs [B, S] of samples by a forward of all ranks, S that of the longest one.
+    """
     live = [i for group in data.groups for i in group]
-    old = [s.tensors["log_probs"] for s in data.samples]
-    if not live:
+    old = [s.old_log_probs for s in data.samples]
+    if config.train.old_log_probs == "rollout" or not live:
         return old
     row = {sample: n for n, sample in enumerate(live)}
-    table = torch.zeros(len(live), len(old[0]), device=device)
+    table = torch.zeros(len(live), max(len(old[i]) for i in live), device=device)
     with torch.no_grad():
-        for micro in micro_batches(live, ranks.rank, ranks.world_size, micro_batch):
-            samples = [data.samples[i] for i in micro.samples]
-            inputs = inputs_of(samples, device)
-            log_probs, _, _ = engine("decisions", *inputs, sampling, None, plans_of(samples), None)
-            for i, weight, values in zip(micro.samples, micro.weights, log_probs, strict=True):
+        for micro in micro_batches(live, ranks.rank, ranks.world_size, config.train.micro_batch):
+            for i, weight, values in zip(micro.samples, micro.weights, replay(micro.samples), strict=True):
                 if weight:
-                    table[row[i]] = values
+                    table[row[i], : len(old[i])] = values[: len(old[i])]
     table = zero3.reduced_sum(table).cpu()
     for sample, n in row.items():
-        old[sample] = table[n]
+        old[sample] = table[n, : len(old[sample])]
     return old
 
 
