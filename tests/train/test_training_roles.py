@@ -77,6 +77,7 @@ def test_one_rank_gives_the_same_updates(runs, family):
         assert distance(one, two) <= 1e-6
         assert any(bool(value.any()) for name, value in two.items() if ".lora_B." in name)
     for row, expected in zip(metrics_of(runs[f"{family}-one"]), metrics_of(runs[family]), strict=True):
+        assert row.pop("role") == expected.pop("role")
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
@@ -96,7 +97,7 @@ def test_each_update_reaches_its_own_adapter_and_nothing_else(runs, family):
         files = sorted(folder_of(run, 0, role).glob("*model_states.pt"))
         stored = [torch.load(file, weights_only=False)["module"] for file in files]
         names = {name for part in stored for name in part}
-        assert names <= {name for name in names if f".{role}." in name}
+        assert names and all(f".{role}." in name for name in names)
     proposer, solver = (adapter_of(run, role) for role in ROLES)
     assert distance(proposer, solver) > 1e-3  # two different lessons from the same beginning
 
@@ -139,7 +140,7 @@ def test_first_step_equals_plain_pytorch(runs, family, role):
     loss.mean().backward()
     norm = torch.stack([p.grad.norm() for p in backbone.model.parameters() if p.grad is not None]).norm()
     row = next(row for row in metrics_of(run) if row["role"] == role)
-    assert row[f"{role}/loss"] == pytest.approx(float(loss.mean()), rel=1e-4, abs=1e-6)
+    assert row[f"{role}/loss"] == pytest.approx(loss.mean().item(), rel=1e-4, abs=1e-6)
     assert row[f"{role}/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row[f"{role}/ratio/initial_max_deviation"] <= 1e-3  # tokens as they were sampled, framing included
     assert row[f"{role}/kl"] < 1e-9  # the base model is the reference
@@ -165,7 +166,7 @@ def test_metrics_and_manifest(runs, family):
         "proposer_groups_used": IMAGES, "proposer_groups_zero_std": 0, "proposer_groups_failed": 0,
         "proposer_texts": 3 * IMAGES, "proposer_steps": 2,
         "solver_groups_used": 3, "solver_groups_skipped": 1, "solver_groups_failed": 0,
-        "solver_texts": 3 * ANSWERS - 1, "solver_steps": 2,
+        "solver_texts": 3 * ANSWERS - 1, "solver_steps": 2, "steps": 4,
     }  # fmt: skip
     assert manifest.extra["solver_checkpoint"] == "checkpoints/solver/iter_0000"
     assert manifest.extra["proposer_reward_mean"] == pytest.approx(load_data(run, 0, "proposer").reward_mean)

@@ -64,9 +64,9 @@ class IterationData:
         return self.zero_std_groups / max(1, self.zero_std_groups + len(self.groups))
 
     @property
-    def reward_mean(self) -> float:
-        """Mean reward over the samples of all whole groups."""
-        return statistics.fmean(s.reward for s in self.samples)
+    def reward_mean(self) -> float | None:
+        """Mean reward over the samples of all whole groups; None without any."""
+        return statistics.fmean(s.reward for s in self.samples) if self.samples else None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -89,6 +89,8 @@ def load_iteration(run: Run, iteration: int) -> IterationData:
     rollouts = checked_records(run, iteration, "rollout", RolloutRecord)
     rewards = checked_records(run, iteration, "reward", RewardRecord)
     require_matching(iteration, rollouts, rewards)
+    if not rollouts:  # no picture of the iteration gave a drawing task
+        return IterationData([], [], {}, 0, 0)
     settings = {tuple(sorted(r.sampling.items())) for r in rollouts.values()}
     if len(settings) != 1:
         raise TrainError(f"iteration {iteration}: rollouts have {len(settings)} different sampling settings, not one")

@@ -205,7 +205,7 @@ def optimise(
     if not steps and ranks.rank == 0:
         log(f"iteration {iteration}{role and ', '}{role}: nothing to learn from groups of {data.counts}")
     first = trainer.state.step if trainer.state else 0
-    updater = make_updater(run, ranks, trainer, data)
+    updater = make_updater(run, ranks, trainer, data) if steps else None
     lines = []
     with progress(len(steps), "optimiser steps") if ranks.rank == 0 else nullcontext() as bar:
         for number, groups in enumerate(steps, first):
@@ -220,7 +220,9 @@ def optimise(
                     stage=STAGE, iteration=iteration, done=bar.done, total=len(steps), eta_s=bar.eta_s,
                     reward=metrics["reward"],
                 )  # fmt: skip
-    adapted = updater.loss.state.to_dict() if isinstance(updater.loss, TextUpdate) else {}
+    adapted = trainer.state.state if trainer.state else {}
+    if updater is not None and isinstance(updater.loss, TextUpdate):
+        adapted = updater.loss.state.to_dict()
     state = Checkpoint(
         iteration, first + len(steps), ranks.world_size, run.config_hash, trainer.frozen_sha256,
         {**data.counts, "steps": len(steps)}, data.reward_mean, role, adapted,
@@ -314,6 +316,7 @@ def commit(run: Run, states: list[Checkpoint], digest: str) -> None:
             about["reward_mean"] = state.reward_mean
         counts |= roles.named(state.role, state.counts, "_")
         extra |= roles.named(state.role, about, "_")
+    counts["steps"] = sum(state.counts["steps"] for state in states)
     version = run.current_policy(iteration)[1]
     run.commit(Manifest(STAGE, iteration, [], version, run.config_hash, counts, [], extra))
     # Here and not in a process of its own: torch is loaded already, and a watcher sees every iteration.
