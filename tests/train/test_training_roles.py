@@ -53,20 +53,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def resumed(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Iteration 1 of the Janus: straight, killed within the Proposer, between the roles, and before the manifest."""
+    """Iteration 1 of the Janus: straight, stopped within the Proposer and behind it, killed in the Solver and later."""
     folder = tmp_path_factory.mktemp("resumed")
-    runs = {name: copy_run(runs["janus"], folder / name) for name in ("straight", "stopped")}
-    codes = train_with(2, folder / "codes", f"{runs['straight'].path}:1", f"{runs['stopped'].path}:1:stop")
-    assert codes == [EXIT_OK, EXIT_STOPPED]
-    for name in ("between", "marked"):
+    runs = {name: copy_run(runs["janus"], folder / name) for name in ("straight", "stopped", "between")}
+    codes = train_with(
+        2, folder / "codes",
+        f"{runs['straight'].path}:1", f"{runs['stopped'].path}:1:stop", f"{runs['between'].path}:1:late",
+    )  # fmt: skip
+    assert codes == [EXIT_OK, EXIT_STOPPED, EXIT_STOPPED]
+    found = [[read_checkpoint(runs[n], 1, 2, r) is not None for r in ROLES] for n in ("stopped", "between")]
+    assert found == [[False, False], [True, False]]
+    for name in ("solver", "marked"):
         runs[name] = copy_run(runs["straight"], folder / name)
         (runs[name].path / "iter_0001/train/manifest.json").unlink()
         shutil.rmtree(runs[name].policy_folder(1))
-    between = runs["between"]  # the Solver's checkpoint is half there, its metrics are
-    (folder_of(between, 1, "solver") / "COMPLETE").unlink()
-    (between.policy_folder(1) / "generator").mkdir(parents=True)
-    codes = train_with(2, folder / "codes", *(f"{runs[n].path}:1" for n in ("stopped", "between", "marked")))
-    assert codes == [EXIT_OK] * 3
+    killed = runs["solver"]  # its checkpoint is half there, its metrics are, and a policy is half copied
+    (folder_of(killed, 1, "solver") / "COMPLETE").unlink()
+    (killed.policy_folder(1) / "generator").mkdir(parents=True)
+    codes = train_with(2, folder / "codes", *(f"{runs[n].path}:1" for n in ("stopped", "between", "solver", "marked")))
+    assert codes == [EXIT_OK] * 4
     return runs
 
 
@@ -189,7 +194,7 @@ def test_second_iteration_continues_each_role(resumed):
     assert version == run.current_policy(1)[1] != run.current_policy(2)[1]
 
 
-@pytest.mark.parametrize("name", ["stopped", "between", "marked"])
+@pytest.mark.parametrize("name", ["stopped", "between", "solver", "marked"])
 def test_interrupted_equals_uninterrupted(resumed, name):
     run, straight = resumed[name], resumed["straight"]
     assert policy_files(run, 1) == policy_files(straight, 1)

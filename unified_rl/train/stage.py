@@ -88,12 +88,16 @@ class Trainer:
 
 @dataclass
 class Job:
-    """A role that an iteration trains: its checkpoint when it is trained already, else on what, and after which."""
+    """A role that an iteration trains: on what, and which iteration's checkpoint it starts from (-1: the base weights).
+
+    `finished` is its checkpoint once it is trained, `digest` the SHA-256 of its policy once that is written.
+    """
 
     role: str
-    finished: Checkpoint | None
     data: IterationData | TextData | None
-    after: int  # iteration whose checkpoint it starts from, -1: the base weights
+    after: int
+    finished: Checkpoint | None
+    digest: str = ""
 
 
 def train_iteration(run: Run, iteration: int, ranks: Ranks) -> int:
@@ -103,31 +107,32 @@ def train_iteration(run: Run, iteration: int, ranks: Ranks) -> int:
     enable_determinism()
     # Before any weights are loaded: a missing stage should not cost minutes.
     jobs = [plan(run, iteration, role, ranks.world_size) for role in roles.roles_of(config, iteration)]
-    states, digest = [], ""
+    stop = StopRequest()
     for job in jobs:
-        state, digest = train_role(run, iteration, ranks, job)
-        if state is None:
+        stopped = train_role(run, iteration, ranks, job, stop)
+        if stopped and any(job.finished is None for job in jobs):
             zero3.leave_process_group()
             return EXIT_STOPPED
-        states.append(state)
         zero3.free_memory()  # of this role's model, before the next one is loaded
-    if ranks.rank == 0:
-        commit(run, states, digest)
+    with stop:
+        if ranks.rank == 0:
+            commit(run, jobs)
     zero3.leave_process_group()
     return EXIT_OK
 
 
-def train_role(run: Run, iteration: int, ranks: Ranks, job: Job) -> tuple[Checkpoint | None, str]:
-    """Train a role and write its policy; its state and the policy's SHA-256, None and "" when stopped on request."""
+def train_role(run: Run, iteration: int, ranks: Ranks, job: Job, stop: StopRequest) -> bool:
+    """Train a role and write its policy; returns whether a stop was asked for, at once before the role is finished."""
     trainer = start(run, job.role, iteration if job.finished else job.after, ranks)
-    with StopRequest() as stop:
-        state = job.finished or optimise(run, iteration, ranks, trainer, job.data, stop)
-        if state is None:
-            return None, ""
+    with stop:
+        job.finished = job.finished or optimise(run, iteration, ranks, trainer, job.data, stop)
+        if job.finished is None:
+            return True
         folder = run.policy_folder(iteration) / job.role
-        digest = export_policy(trainer.backbone, folder, run.config.train.scope, trainer.names, ranks.rank == 0)
+        job.digest = export_policy(trainer.backbone, folder, run.config.train.scope, trainer.names, ranks.rank == 0)
+        stopped = stop_wanted(stop, trainer.device)
     trainer.engine.close()
-    return state, digest
+    return stopped
 
 
 def plan(run: Run, iteration: int, role: str, world_size: int) -> Job:
@@ -135,10 +140,10 @@ def plan(run: Run, iteration: int, role: str, world_size: int) -> Job:
     finished = checkpoints.read_checkpoint(run, iteration, world_size, role)
     after = roles.last_trained(run.config, iteration, role)
     if finished is not None:
-        return Job(role, finished, None, after)
+        return Job(role, None, after, finished)
     if after >= 0:
         checkpoints.require_checkpoint(run, after, world_size, role)
-    return Job(role, None, roles.load_data(run, iteration, role), after)
+    return Job(role, roles.load_data(run, iteration, role), after, None)
 
 
 def start(run: Run, role: str, iteration: int, ranks: Ranks) -> Trainer:
@@ -297,14 +302,10 @@ def save(run: Run, state: Checkpoint, ranks: Ranks, trainer: Trainer) -> None:
         checkpoints.delete_old(run, run.config.train.keep_checkpoints, state.role)
 
 
-def commit(run: Run, states: list[Checkpoint], digest: str) -> None:
-    """Make the policy whole, then write the manifest.
-
-    Args:
-        states: of each role that was trained.
-        digest: of the weights where there is one nameless role.
-    """
-    iteration = states[0].iteration
+def commit(run: Run, jobs: list[Job]) -> None:
+    """Make the policy whole, then write the manifest."""
+    states = [job.finished for job in jobs]
+    iteration, digest = states[0].iteration, jobs[0].digest
     if states[0].role:
         roles.carry_over(run, iteration)
         digest = roles.policy_digest(run.policy_folder(iteration))
