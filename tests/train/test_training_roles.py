@@ -2,17 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.conftest import copy_run, train_with
+from tests.train.conftest import copy_run, open_scored_run, train_with
 from tests.train.made_inquiries import ANSWERS, IMAGES, open_inquiry_run, write_and_score
 from tests.train.test_training import distance, metrics_of
 from unified_rl.backbones.load import load_backbone
-from unified_rl.config import ConfigError
+from unified_rl.config import ConfigError, to_yaml
 from unified_rl.ledger import Run
 from unified_rl.policy.advantage import group_advantages
 from unified_rl.policy.grpo import grpo_loss
@@ -202,6 +203,35 @@ def test_interrupted_equals_uninterrupted(resumed, name):
     assert run.manifest(1, "train") == straight.manifest(1, "train")
     for role in ROLES:
         assert read_checkpoint(run, 1, 2, role) == read_checkpoint(straight, 1, 2, role)
+
+
+def test_generator_learns_as_without_roles(random_janus_folder, tmp_path):
+    """The same images and scores in a generation iteration: the same adapter, byte for byte, in its own folder."""
+    lora = ["train.scope=lora", "train.lora.rank=4", "train.lora.alpha=8", "rollout.groups_per_shard=6"]
+    plain = open_scored_run(tmp_path / "plain", random_janus_folder, *lora)
+    config = replace(
+        plain.config,
+        data=replace(plain.config.data, images="unread"),
+        reward=replace(plain.config.reward, method="self_consistency"),
+        self_consistency=replace(plain.config.self_consistency, understanding=0),
+    )
+    (tmp_path / "roles").mkdir()
+    (tmp_path / "roles/config.yaml").write_text(to_yaml(config))
+    run = Run(tmp_path / "roles", config)
+    for stage in ("rollout", "reward"):
+        shutil.copytree(plain.stage_folder(0, stage), run.iteration_folder(0) / stage)
+        manifest = replace(plain.manifest(0, stage), config_hash=run.config_hash)
+        (run.stage_folder(0, stage) / "manifest.json").unlink()
+        run.commit(manifest)
+    assert train_with(1, tmp_path / "codes", f"{plain.path}:0", f"{run.path}:0") == [EXIT_OK] * 2
+    adapter = "adapter_model.safetensors"
+    folder = run.policy_folder(0)
+    assert [f.name for f in folder.iterdir()] == ["generator"]
+    assert (folder / "generator" / adapter).read_bytes() == (plain.policy_folder(0) / adapter).read_bytes()
+    assert [{k: v for k, v in row.items() if k != "role"} for row in metrics_of(run)] == metrics_of(plain)
+    assert run.manifest(0, "train").counts == plain.manifest(0, "train").counts
+    assert run.current_policy(1)[1] != plain.current_policy(1)[1]
+    assert read_checkpoint(run, 0, 1, "generator").role == "generator"
 
 
 def test_export_names_the_role_where_it_must(runs, tmp_path):

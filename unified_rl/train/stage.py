@@ -241,7 +241,8 @@ def optimise(
 def batches_of(config: RunConfig, iteration: int, role: str, groups: int) -> list[list[int]]:
     """Groups of each optimiser step; the Solver's answers are used once, as they have no ratio."""
     epochs = 1 if role == "solver" else config.train.epochs
-    seeds = [sample_seed(config.seed, iteration, f"order{role and '-'}{role}", epoch) for epoch in range(epochs)]
+    name = f"order-{role}" if role in TEXT_ROLES else "order"
+    seeds = [sample_seed(config.seed, iteration, name, epoch) for epoch in range(epochs)]
     return global_batches(range(groups), roles.samples_per_step(config, role)[0], seeds)
 
 
