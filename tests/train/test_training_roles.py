@@ -18,7 +18,9 @@ from unified_rl.ledger import Run
 from unified_rl.policy.advantage import group_advantages
 from unified_rl.policy.grpo import grpo_loss
 from unified_rl.policy.reinforce import exact_kl, reinforce_loss
+from unified_rl.records import RewardRecord, RolloutRecord
 from unified_rl.runtime import EXIT_OK, EXIT_STOPPED, sample_seed
+from unified_rl.shards import read_records, write_records
 from unified_rl.train.batching import global_batches
 from unified_rl.train.checkpoints import folder_of, read_checkpoint
 from unified_rl.train.drawing import frozen_sha256
@@ -218,11 +220,13 @@ def test_generator_learns_as_without_roles(random_janus_folder, tmp_path):
     (tmp_path / "roles").mkdir()
     (tmp_path / "roles/config.yaml").write_text(to_yaml(config))
     run = Run(tmp_path / "roles", config)
-    for stage in ("rollout", "reward"):
-        shutil.copytree(plain.stage_folder(0, stage), run.iteration_folder(0) / stage)
-        manifest = replace(plain.manifest(0, stage), config_hash=run.config_hash)
-        (run.stage_folder(0, stage) / "manifest.json").unlink()
-        run.commit(manifest)
+    for stage, kind in (("rollout", RolloutRecord), ("reward", RewardRecord)):
+        manifest = plain.manifest(0, stage)
+        records = list(read_records(plain.stage_folder(0, stage), manifest, kind))
+        for record in records if stage == "rollout" else ():
+            record.prompt.metadata = {"image_id": "x", "quality": 1.0, "pairs": [["is it red?", "yes"]]}
+        info = write_records(run.stage_folder(0, stage) / "shard-00000.tar", records)
+        run.commit(replace(manifest, shards=[info], config_hash=run.config_hash))
     assert train_with(1, tmp_path / "codes", f"{plain.path}:0", f"{run.path}:0") == [EXIT_OK] * 2
     adapter = "adapter_model.safetensors"
     folder = run.policy_folder(0)
