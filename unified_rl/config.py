@@ -188,9 +188,9 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     max_grad_norm: float = 1.0
-    groups_per_step: int = 8  # groups (of G images) in one optimiser step, over all ranks
-    epochs: int = 1  # passes over the iteration's groups
-    micro_batch: int = 8  # images per forward on each rank
+    groups_per_step: int = 8  # groups (of G images, of K replies) in one optimiser step, over all ranks
+    epochs: int = 1  # passes over the iteration's groups; the Solver makes one
+    micro_batch: int = 8  # images or texts per forward on each rank
     old_log_probs: str = "rollout"  # rollout: as sampled; recomputed: by the trainer before the first step
     activation_checkpointing: bool = False
     keep_checkpoints: int = 2

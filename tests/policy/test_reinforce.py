@@ -5,7 +5,7 @@ import torch
 
 from unified_rl.backbones.base import Categorical
 from unified_rl.policy.controllers import RunningMean
-from unified_rl.policy.reinforce import exact_kl, k3_kl, reinforce_loss
+from unified_rl.policy.reinforce import exact_kl, reinforce_loss
 
 
 def test_loss_and_gradient_by_hand():
@@ -79,15 +79,6 @@ def test_impossible_tokens_add_nothing():
     assert value.item() == pytest.approx(math.log(1 + math.e) - math.log(2) - 0.5, rel=1e-5)
     value.sum().backward()
     assert logits.grad.isfinite().all()
-
-
-def test_k3_by_hand_and_in_expectation():
-    log_probs = torch.tensor([[math.log(0.5)]], requires_grad=True)
-    value = k3_kl(log_probs, torch.tensor([[math.log(0.25)]]))
-    assert value.item() == pytest.approx(math.log(2.0) - 0.5)  # 1/2 + ln 2 - 1
-    policy, reference = torch.randn(1, 1, 9), torch.randn(1, 1, 9)
-    p, q = policy.log_softmax(-1)[0, 0], reference.log_softmax(-1)[0, 0]
-    assert (p.exp() * k3_kl(p, q)).sum().item() == pytest.approx(exact_kl(policy, reference).item(), rel=1e-4)
 
 
 def test_it_learns_to_give_the_rewarded_answer():

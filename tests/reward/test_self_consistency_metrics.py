@@ -39,6 +39,6 @@ def test_nothing_is_made_up_where_no_question_has_a_score():
 def test_a_single_question_is_all_its_quantiles():
     metrics = question_metrics([question("aaaabbb", 0.3, 0.5)])
     assert {metrics[f"token_entropy/{q}"] for q in ("min", "q25", "median", "q75", "max")} == {0.3}
-    assert metrics["proposer/reward_std"] == 0.0
+    assert metrics["questions/reward_std"] == 0.0
     metrics = question_metrics([question("aaaabbb", 0.3, 0.5), question("aaaabbb", 0.7, 0.5)])
     assert metrics["token_entropy/q25"] == pytest.approx(0.4) and metrics["token_entropy/median"] == 0.5

@@ -1,7 +1,8 @@
 """Ranks of a train stage without the launcher: `python driver.py OUT SCENARIO...`, one process per rank.
 
-Several scenarios share one start. A scenario is `RUN:ITERATION`, or `RUN:ITERATION:stop` to be signalled on the last
-rank before the first step. Writes the exit code or the error of each to OUT.RANK.json.
+Several scenarios share one start. A scenario is `RUN:ITERATION`, or `RUN:ITERATION:ACTION` to be signalled on the last
+rank: `stop` before the first step, `late` before the first policy is written. Writes the exit code or the error of
+each to OUT.RANK.json.
 """
 
 import json
@@ -14,27 +15,30 @@ from unified_rl.ledger import Run
 from unified_rl.runtime import StageError, current_ranks
 from unified_rl.train import stage, zero3
 
+ACTIONS = {"stop": "make_updater", "late": "export_policy"}
 
-def signalled(make_updater):
+
+def signalled(function):
     def wrapped(*arguments):
         if current_ranks().rank == current_ranks().world_size - 1:
             os.kill(os.getpid(), signal.SIGUSR2)
-        return make_updater(*arguments)
+        return function(*arguments)
 
     return wrapped
 
 
 def play(scenario: str) -> int | str:
-    path, iteration, *action = scenario.split(":")
-    make_updater = stage.make_updater
-    if action:
-        stage.make_updater = signalled(make_updater)
+    path, iteration, *actions = scenario.split(":")
+    functions = {ACTIONS[action]: getattr(stage, ACTIONS[action]) for action in actions}
+    for name, function in functions.items():
+        setattr(stage, name, signalled(function))
     try:
         return stage.train(Run(path, load_run_config(path)), int(iteration), current_ranks())
     except StageError as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        stage.make_updater = make_updater
+        for name, function in functions.items():
+            setattr(stage, name, function)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ VOLATILE = ("time/", "throughput/", "memory/")
 def metrics_of(run, iteration=0):
     text = (run.path / f"iter_{iteration:04d}/train/metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
+    return [{k: v for k, v in row.items() if not any(part in k for part in VOLATILE)} for row in rows]
 
 
 def weights_of(run, iteration=0):

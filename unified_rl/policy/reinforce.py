@@ -22,7 +22,7 @@ def reinforce_loss(
         advantages: [B], reward minus baseline; finite.
         mask: [B, T], 1 at tokens that the policy chose (end of turn included), 0 at padding, whose values do not
             matter, not even NaN.
-        kl: [B, T] divergence from the reference at each token, `exact_kl` or `k3_kl`; carries its gradient.
+        kl: [B, T] divergence from the reference at each token, see `exact_kl`; carries its gradient.
         kl_coefficient: beta, as `KlController` holds it.
 
     Returns:
@@ -62,13 +62,3 @@ def exact_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tens
     # A token of probability zero under both would give inf - inf.
     gap = (log_probs - reference_logits.float().log_softmax(-1)).masked_fill(log_probs == -torch.inf, 0.0)
     return (log_probs.exp() * gap).sum(-1)
-
-
-def k3_kl(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
-    """fp32 [B, T]: `exp(d) - d - 1`, d the reference's log-prob minus the policy's, of the tokens that were sampled.
-
-    Never negative and in expectation the divergence, without logits of the whole vocabulary: for answers so long that
-    `exact_kl` does not fit.
-    """
-    delta = reference_log_probs.float() - log_probs.float()
-    return torch.expm1(delta) - delta

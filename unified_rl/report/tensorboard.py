@@ -55,7 +55,7 @@ def iteration_scalars(truth: Truth, iteration: int) -> Iterator[tuple[str, float
             yield from ((f"iteration/{n}", mean) for n, mean in manifest.extra.items() if n.endswith("_mean"))
             yield from manifest.extra.get("metrics", {}).items()
         if stage == "train":
-            yield from ((f"iteration/{n}", count) for n, count in manifest.counts.items() if n.startswith("groups_"))
+            yield from ((f"iteration/{n}", count) for n, count in manifest.counts.items() if "groups_" in n)
             share = zero_std_share(manifest.counts)
             if share is not None:
                 yield "iteration/zero_std_share", share

@@ -14,8 +14,8 @@ def question_metrics(scores: Sequence[QuestionScore | Skipped]) -> dict[str, flo
     """Metrics by name. Means and shares are over the questions with a score, and left out where there are none.
 
     `votes/` has the share of each bucket, of unanimous votes and of unreadable answers, and means of entropy, share of
-    the majority and agreement score; `token_entropy/` quantiles in nats and the mean rank; `proposer/` the reward;
-    `skipped/` the number of questions for each reason that occurs, and `skipped/share` of all.
+    the majority and agreement score; `token_entropy/` quantiles in nats and the mean rank; `questions/` the
+    Proposer's reward; `skipped/` the number of questions for each reason that occurs, and `skipped/share` of all.
     """
     if not scores:
         return {}
@@ -36,8 +36,8 @@ def question_metrics(scores: Sequence[QuestionScore | Skipped]) -> dict[str, flo
         "votes/agreement": statistics.fmean(s.agreement for s in scored),
         **{f"token_entropy/{name}": value for name, value in _quantiles(entropies).items()},
         "token_entropy/rank": statistics.fmean(s.rank for s in scored),
-        "proposer/reward": statistics.fmean(rewards),
-        "proposer/reward_std": statistics.pstdev(rewards),
+        "questions/reward": statistics.fmean(rewards),
+        "questions/reward_std": statistics.pstdev(rewards),
         **skipped,
     }
 

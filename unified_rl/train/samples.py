@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from unified_rl.ledger import Run
 from unified_rl.policy.advantage import group_advantages
 from unified_rl.records import RewardRecord, RolloutRecord
 from unified_rl.runtime import sample_seed
-from unified_rl.shards import read_records
+from unified_rl.shards import Record, read_records
 from unified_rl.train.batching import permuted
 from unified_rl.train.zero3 import TrainError
 
@@ -41,6 +42,11 @@ class Sample:
     weights: torch.Tensor | None = None
     advantage: float = 0.0
 
+    @property
+    def old_log_probs(self) -> torch.Tensor:
+        """fp32 [S] of the decisions, under the policy that drew the image."""
+        return self.tensors["log_probs"]
+
 
 @dataclass
 class IterationData:
@@ -58,9 +64,19 @@ class IterationData:
         return self.zero_std_groups / max(1, self.zero_std_groups + len(self.groups))
 
     @property
-    def reward_mean(self) -> float:
-        """Mean reward over the samples of all whole groups."""
-        return statistics.fmean(s.reward for s in self.samples)
+    def reward_mean(self) -> float | None:
+        """Mean reward over the samples of all whole groups; None without any."""
+        return statistics.fmean(s.reward for s in self.samples) if self.samples else None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For the manifest."""
+        return {
+            "groups_used": len(self.groups),
+            "groups_zero_std": self.zero_std_groups,
+            "groups_failed": self.failed_groups,
+            "images": sum(len(group) for group in self.groups),
+        }
 
 
 def load_iteration(run: Run, iteration: int) -> IterationData:
@@ -70,14 +86,11 @@ def load_iteration(run: Run, iteration: int) -> IterationData:
         LedgerError, ShardError, RecordError: a stage is missing or damaged.
         TrainError: drawn or scored by another policy than the current one, or rollouts and rewards do not match.
     """
-    rollouts = _checked_records(run, iteration, "rollout", RolloutRecord)
-    rewards = _checked_records(run, iteration, "reward", RewardRecord)
-    unmatched = sorted(rollouts.keys() ^ rewards.keys())
-    if unmatched:
-        raise TrainError(
-            f"iteration {iteration}: {len(unmatched)} samples lack their rollout or reward, first {unmatched[0]}; "
-            "delete the reward stage of this iteration and run it again"
-        )
+    rollouts = checked_records(run, iteration, "rollout", RolloutRecord)
+    rewards = checked_records(run, iteration, "reward", RewardRecord)
+    require_matching(iteration, rollouts, rewards)
+    if not rollouts:  # no picture of the iteration gave a drawing task
+        return IterationData([], [], {}, 0, 0)
     settings = {tuple(sorted(r.sampling.items())) for r in rollouts.values()}
     if len(settings) != 1:
         raise TrainError(f"iteration {iteration}: rollouts have {len(settings)} different sampling settings, not one")
@@ -101,10 +114,22 @@ def load_iteration(run: Run, iteration: int) -> IterationData:
     return IterationData(samples, groups, dict(settings.pop()), len(by_prompt) - len(whole), len(whole) - len(groups))
 
 
-def _checked_records(
-    run: Run, iteration: int, stage: str, kind: type[RolloutRecord] | type[RewardRecord]
-) -> dict[str, RolloutRecord] | dict[str, RewardRecord]:
-    """Records by key, all of the current policy."""
+def require_matching(iteration: int, rollouts: Mapping[str, Record], rewards: Mapping[str, Record]) -> None:
+    """Raise TrainError unless the two stages have the same keys."""
+    unmatched = sorted(rollouts.keys() ^ rewards.keys())
+    if unmatched:
+        raise TrainError(
+            f"iteration {iteration}: {len(unmatched)} samples lack their rollout or reward, first {unmatched[0]}; "
+            "delete the reward stage of this iteration and run it again"
+        )
+
+
+def checked_records(run: Run, iteration: int, stage: str, kind: type[Record]) -> dict[str, Record]:
+    """Records of a stage by key.
+
+    Raises:
+        TrainError: one of them was made with another policy than the current one.
+    """
     version = run.current_policy(iteration)[1]
     manifest = run.require_manifest(iteration, stage)
     folder = run.stage_folder(iteration, stage)

@@ -1,10 +1,12 @@
 """The train stage: rollouts and rewards in; checkpoint, metrics and policy weights out.
 
-    1. start from the base weights, or from the checkpoint of the iteration before
+    1. start from the base weights, or from the checkpoint of the last iteration that trained them
     2. optimiser steps; their metrics stay in memory
-    3. train/metrics.jsonl, then the checkpoint with its marker, then policy/, then train/manifest.json
+    3. train/metrics.jsonl, then the checkpoint with its marker, then policy/
+    4. train/manifest.json
 
-A process killed before the marker repeats the iteration from 1, one killed after it goes on with the policy.
+An iteration of Ask-Solve-Generate trains its roles one after the other: 1 to 3 for each, each with an engine of its
+own. A process killed before a marker repeats that role from 1, one killed after it goes on with the policy.
 """
 
 from __future__ import annotations
@@ -36,14 +38,17 @@ from unified_rl.runtime import (
     sample_seed,
     set_cpu_threads,
 )
-from unified_rl.train import checkpoints, zero3
+from unified_rl.train import checkpoints, roles, zero3
 from unified_rl.train.batching import global_batches, micro_batches_per_rank
 from unified_rl.train.checkpoints import Checkpoint
 from unified_rl.train.drawing import DrawingPath, frozen_sha256, select_trainable
 from unified_rl.train.export import export_policy
-from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate
-from unified_rl.train.samples import IterationData, load_iteration
-from unified_rl.train.update import Updater, recomputed_log_probs
+from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate, inputs_of, plans_of
+from unified_rl.train.reading import ReadingPath
+from unified_rl.train.samples import IterationData
+from unified_rl.train.text_losses import ProposerUpdate, RoleState, SolverUpdate, TextUpdate
+from unified_rl.train.texts import TEXT_ROLES, TextData
+from unified_rl.train.update import Updater, old_log_probs
 from unified_rl.train.zero3 import TrainError, Zero3Engine
 
 STAGE = "train"
@@ -70,8 +75,9 @@ def train(run: Run, iteration: int, ranks: Ranks) -> int:
 
 @dataclass
 class Trainer:
-    """What the steps of an iteration work with; `state` describes the weights that the engine holds."""
+    """What the steps of a role work with; `state` describes the weights that the engine holds."""
 
+    role: str
     backbone: Backbone
     engine: Zero3Engine
     names: list[str]
@@ -80,55 +86,94 @@ class Trainer:
     state: Checkpoint | None
 
 
+@dataclass
+class Job:
+    """A role that an iteration trains: on what, and which iteration's checkpoint it starts from (-1: the base weights).
+
+    `finished` is its checkpoint once it is trained, `digest` the SHA-256 of its policy once that is written.
+    """
+
+    role: str
+    data: IterationData | TextData | None
+    after: int
+    finished: Checkpoint | None
+    digest: str = ""
+
+
 def train_iteration(run: Run, iteration: int, ranks: Ranks) -> int:
     """Everything between taking and releasing the lock."""
     config = run.config
     set_cpu_threads(config.backbone.threads)
     enable_determinism()
-    # Before the weights are loaded: a missing stage should not cost minutes.
-    finished = checkpoints.read_checkpoint(run, iteration, ranks.world_size)
-    if finished is None and iteration > 0:
-        checkpoints.require_checkpoint(run, iteration - 1, ranks.world_size)
-    data = load_iteration(run, iteration) if finished is None else None
-    trainer = start(run, iteration if finished else iteration - 1, ranks)
-    with StopRequest() as stop:
-        if data is not None:
-            finished = optimise(run, iteration, ranks, trainer, data, stop)
-        if finished is None:
+    # Before any weights are loaded: a missing stage should not cost minutes.
+    jobs = [plan(run, iteration, role, ranks.world_size) for role in roles.roles_of(config, iteration)]
+    stop = StopRequest()
+    for job in jobs:
+        stopped = train_role(run, iteration, ranks, job, stop)
+        if stopped and any(job.finished is None for job in jobs):
             zero3.leave_process_group()
             return EXIT_STOPPED
-        commit(run, finished, ranks, trainer)
+        zero3.free_memory()  # of this role's model, before the next one is loaded
+    with stop:
+        if ranks.rank == 0:
+            commit(run, jobs)
     zero3.leave_process_group()
     return EXIT_OK
 
 
-def start(run: Run, iteration: int, ranks: Ranks) -> Trainer:
-    """Base weights under ZeRO-3, then the checkpoint after `iteration` (-1: none)."""
+def train_role(run: Run, iteration: int, ranks: Ranks, job: Job, stop: StopRequest) -> bool:
+    """Train a role and write its policy; returns whether a stop was asked for, at once before the role is finished."""
+    trainer = start(run, job.role, iteration if job.finished else job.after, ranks)
+    with stop:
+        job.finished = job.finished or optimise(run, iteration, ranks, trainer, job.data, stop)
+        if job.finished is None:
+            return True
+        folder = run.policy_folder(iteration) / job.role
+        job.digest = export_policy(trainer.backbone, folder, run.config.train.scope, trainer.names, ranks.rank == 0)
+        stopped = stop_wanted(stop, trainer.device)
+    trainer.engine.close()
+    return stopped
+
+
+def plan(run: Run, iteration: int, role: str, world_size: int) -> Job:
+    """What is to be done for a role."""
+    finished = checkpoints.read_checkpoint(run, iteration, world_size, role)
+    after = roles.last_trained(run.config, iteration, role)
+    if finished is not None:
+        return Job(role, None, after, finished)
+    if after >= 0:
+        checkpoints.require_checkpoint(run, after, world_size, role)
+    return Job(role, roles.load_data(run, iteration, role), after, None)
+
+
+def start(run: Run, role: str, iteration: int, ranks: Ranks) -> Trainer:
+    """Base weights under ZeRO-3 with the role's adapter, then its checkpoint after `iteration` (-1: none)."""
     config = run.config
     dtype = getattr(torch, config.backbone.dtype)
     on_gpu = config.backbone.device == "cuda" or (config.backbone.device == "auto" and torch.cuda.is_available())
-    ds_config = engine_config(config, ranks.world_size)
+    ds_config = engine_config(config, role, ranks.world_size)
     zero3.init_process_group(ranks, "cuda" if on_gpu else "cpu")
     backbone = load_backbone(config.backbone, ranks.local_rank, ds_config=ds_config)
     if config.train.scope == "lora":
-        backbone.add_lora(config.train.lora.rank, config.train.lora.alpha)
+        backbone.add_lora(config.train.lora.rank, config.train.lora.alpha, role)
     if config.train.activation_checkpointing:
         backbone.enable_activation_checkpointing()
     names = select_trainable(backbone, config.train.scope, dtype)
     frozen = zero3.from_rank_zero(frozen_sha256(backbone.model, names))
     betas = (config.train.beta1, config.train.beta2)
-    engine = Zero3Engine(DrawingPath(backbone), ds_config, betas, config.train.weight_decay)
-    trainer = Trainer(backbone, engine, names, backbone.device, frozen, None)
+    path = (ReadingPath if role in TEXT_ROLES else DrawingPath)(backbone)
+    engine = Zero3Engine(path, ds_config, betas, config.train.weight_decay)
+    trainer = Trainer(role, backbone, engine, names, backbone.device, frozen, None)
     if iteration >= 0:
-        trainer.state = checkpoints.require_checkpoint(run, iteration, ranks.world_size)
+        trainer.state = checkpoints.require_checkpoint(run, iteration, ranks.world_size, role)
         restore(run, trainer)
     return trainer
 
 
-def engine_config(config: RunConfig, world_size: int) -> dict:
-    """The DeepSpeed configuration of the run."""
-    images = config.train.groups_per_step * config.rollout.group_size
-    accumulation = micro_batches_per_rank(images, world_size, config.train.micro_batch)
+def engine_config(config: RunConfig, role: str, world_size: int) -> dict:
+    """The DeepSpeed configuration of the run for one role."""
+    groups, size = roles.samples_per_step(config, role)
+    accumulation = micro_batches_per_rank(groups * size, world_size, config.train.micro_batch)
     return zero3.load_ds_config(
         config.train.ds_config, config.backbone.dtype, config.train.micro_batch, accumulation, world_size,
         config.train.max_grad_norm,
@@ -142,7 +187,7 @@ def restore(run: Run, trainer: Trainer) -> None:
         TrainError: the frozen weights are not those that it was trained with.
     """
     state = trainer.state
-    folder = checkpoints.folder_of(run, state.iteration)
+    folder = checkpoints.folder_of(run, state.iteration, state.role)
     if state.frozen_sha256 != trainer.frozen_sha256:
         raise TrainError(
             f"the frozen weights changed since {folder} was written (sha256 {state.frozen_sha256[:12]}, now "
@@ -157,57 +202,79 @@ def restore(run: Run, trainer: Trainer) -> None:
 
 
 def optimise(
-    run: Run, iteration: int, ranks: Ranks, trainer: Trainer, data: IterationData, stop: StopRequest
+    run: Run, iteration: int, ranks: Ranks, trainer: Trainer, data: IterationData | TextData, stop: StopRequest
 ) -> Checkpoint | None:
-    """All optimiser steps of the iteration, metrics and checkpoint; None when stopped on request."""
-    config = run.config
-    seeds = [sample_seed(config.seed, iteration, "order", epoch) for epoch in range(config.train.epochs)]
-    steps = global_batches(range(len(data.groups)), config.train.groups_per_step, seeds)
+    """All optimiser steps of a role in the iteration, metrics and checkpoint; None when stopped on request."""
+    config, role = run.config, trainer.role
+    steps = batches_of(config, iteration, role, len(data.groups))
     if not steps and ranks.rank == 0:
-        log(f"iteration {iteration}: no group of {data.zero_std_groups} has a spread of rewards, nothing to learn")
+        log(f"iteration {iteration}{role and ', '}{role}: nothing to learn from groups of {data.counts}")
     first = trainer.state.step if trainer.state else 0
-    updater = make_updater(run, ranks, trainer, data)
+    updater = make_updater(run, ranks, trainer, data) if steps else None
     lines = []
     with progress(len(steps), "optimiser steps") if ranks.rank == 0 else nullcontext() as bar:
         for number, groups in enumerate(steps, first):
             if stop_wanted(stop, trainer.device):
                 return None
             metrics = updater.step(groups, number, check_ratio=number == first)
-            lines.append({"iteration": iteration, "step": number + 1, **metrics})
+            named = roles.named(role, metrics, "/")
+            lines.append({"iteration": iteration, "step": number + 1, **({"role": role} if role else {}), **named})
             if bar is not None:
                 bar.update(1, **{name: metrics[name] for name in ("reward", "kl") if name in metrics})
                 run.write_status(
                     stage=STAGE, iteration=iteration, done=bar.done, total=len(steps), eta_s=bar.eta_s,
                     reward=metrics["reward"],
                 )  # fmt: skip
-    counts = {
-        "groups_used": len(data.groups),
-        "groups_zero_std": data.zero_std_groups,
-        "groups_failed": data.failed_groups,
-        "steps": len(steps),
-        "images": sum(len(group) for group in data.groups),
-    }
+    adapted = trainer.state.state if trainer.state else {}
+    if updater is not None and isinstance(updater.loss, TextUpdate):
+        adapted = updater.loss.state.to_dict()
     state = Checkpoint(
-        iteration, first + len(steps), ranks.world_size, run.config_hash, trainer.frozen_sha256, counts,
-        data.reward_mean,
+        iteration, first + len(steps), ranks.world_size, run.config_hash, trainer.frozen_sha256,
+        {**data.counts, "steps": len(steps)}, data.reward_mean, role, adapted,
     )  # fmt: skip
     if ranks.rank == 0:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        atomic_write_bytes(run.stage_folder(iteration, STAGE) / METRICS, text.encode())
+        store_metrics(run, iteration, role, lines)
     save(run, state, ranks, trainer)
     return state
 
 
-def make_updater(run: Run, ranks: Ranks, trainer: Trainer, data: IterationData) -> Updater:
-    """The updater of the configured kind, for GRPO with the old log-probs that the configuration asks for."""
-    config, engine, device = run.config, trainer.engine, trainer.device
+def batches_of(config: RunConfig, iteration: int, role: str, groups: int) -> list[list[int]]:
+    """Groups of each optimiser step; the Solver's answers are used once, as they have no ratio."""
+    epochs = 1 if role == "solver" else config.train.epochs
+    name = f"order-{role}" if role in TEXT_ROLES else "order"
+    seeds = [sample_seed(config.seed, iteration, name, epoch) for epoch in range(epochs)]
+    return global_batches(range(groups), roles.samples_per_step(config, role)[0], seeds)
+
+
+def store_metrics(run: Run, iteration: int, role: str, lines: list[dict]) -> None:
+    """Write metrics.jsonl: the lines of the roles that were trained before this one in the iteration, and `lines`."""
+    path = run.stage_folder(iteration, STAGE) / METRICS
+    names = roles.roles_of(run.config, iteration)
+    earlier = names[: names.index(role)]
+    if earlier:
+        stored = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [line for line in stored if line["role"] in earlier] + lines
+    atomic_write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def make_updater(run: Run, ranks: Ranks, trainer: Trainer, data: IterationData | TextData) -> Updater:
+    """The updater of the role, for images of the configured kind."""
+    config, engine, device, role = run.config, trainer.engine, trainer.device, trainer.role
+    if role in TEXT_ROLES:
+        state = RoleState.of(config, trainer.state.state if trainer.state else None)
+        texts = (ProposerUpdate if role == "proposer" else SolverUpdate)(engine, data, config, device, state)
+        texts.old_log_probs = old_log_probs(config, data, lambda rows: texts.replay(rows)[1], ranks, device)
+        return Updater(texts, ranks, role)
     if config.policy.objective == "reward_weighted":
-        return Updater(RewardWeightedUpdate(engine, data, config, device), ranks)
+        return Updater(RewardWeightedUpdate(engine, data, config, device), ranks, role)
     sampling = trainer.backbone.sampling_type.from_dict(data.sampling)
-    old = [sample.tensors["log_probs"] for sample in data.samples]
-    if config.train.old_log_probs == "recomputed":
-        old = recomputed_log_probs(engine, data, sampling, config.train.micro_batch, ranks, device)
-    return Updater(GrpoUpdate(engine, data, config, device, sampling, old), ranks)
+
+    def replay(rows: list[int]) -> torch.Tensor:
+        samples = [data.samples[i] for i in rows]
+        return engine("decisions", *inputs_of(samples, device), sampling, None, plans_of(samples), None)[0]
+
+    old = old_log_probs(config, data, replay, ranks, device)
+    return Updater(GrpoUpdate(engine, data, config, device, sampling, old), ranks, role)
 
 
 def stop_wanted(stop: StopRequest, device: torch.device) -> bool:
@@ -221,36 +288,41 @@ def save(run: Run, state: Checkpoint, ranks: Ranks, trainer: Trainer) -> None:
     if frozen != trainer.frozen_sha256:
         raise TrainError("training changed weights that must stay frozen; nothing of this iteration was stored")
     if ranks.rank == 0:
-        checkpoints.clear_unfinished(run, state.iteration)
+        checkpoints.clear_unfinished(run, state.iteration, state.role)
     zero3.barrier()
     on_gpu = trainer.device.type == "cuda"
     rng = {
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(trainer.device) if on_gpu else None,
     }
-    folder = checkpoints.folder_of(run, state.iteration)
+    folder = checkpoints.folder_of(run, state.iteration, state.role)
     trainer.engine.save(folder, {"iteration": state.iteration, "step": state.step, **rng})
     zero3.barrier()
     if ranks.rank == 0:
         checkpoints.complete(run, state)
-        checkpoints.delete_old(run, run.config.train.keep_checkpoints)
+        checkpoints.delete_old(run, run.config.train.keep_checkpoints, state.role)
 
 
-def commit(run: Run, state: Checkpoint, ranks: Ranks, trainer: Trainer) -> None:
-    """Write the policy and the manifest."""
-    digest = export_policy(
-        trainer.backbone, run.policy_folder(state.iteration), run.config.train.scope, trainer.names, ranks.rank == 0
-    )
-    if ranks.rank != 0:
-        return
-    folder: Path = checkpoints.folder_of(run, state.iteration)
-    extra = {
-        "policy_sha256": digest,
-        "checkpoint": str(folder.relative_to(run.path)),
-        "reward_mean": state.reward_mean,
-    }
-    version = run.current_policy(state.iteration)[1]
-    run.commit(Manifest(STAGE, state.iteration, [], version, run.config_hash, state.counts, [], extra))
+def commit(run: Run, jobs: list[Job]) -> None:
+    """Make the policy whole, then write the manifest."""
+    states = [job.finished for job in jobs]
+    iteration, digest = states[0].iteration, jobs[0].digest
+    if states[0].role:
+        roles.carry_over(run, iteration)
+        digest = roles.policy_digest(run.policy_folder(iteration))
+    counts, extra = {}, {"policy_sha256": digest}
+    for state in states:
+        folder: Path = checkpoints.folder_of(run, iteration, state.role)
+        about = {"checkpoint": str(folder.relative_to(run.path))}
+        if state.reward_mean is not None:
+            about["reward_mean"] = state.reward_mean
+        counts |= roles.named(state.role, state.counts, "_")
+        extra |= roles.named(state.role, about, "_")
+    counts["steps"] = sum(state.counts["steps"] for state in states)
+    version = run.current_policy(iteration)[1]
+    run.commit(Manifest(STAGE, iteration, [], version, run.config_hash, counts, [], extra))
     # Here and not in a process of its own: torch is loaded already, and a watcher sees every iteration.
     write_tensorboard(read_truth(run.path))
-    log(f"iteration {state.iteration}: {state.counts['steps']} steps, mean reward {state.reward_mean:.4f}")
+    for state in states:
+        mean = "no reward" if state.reward_mean is None else f"mean reward {state.reward_mean:.4f}"
+        log(f"iteration {iteration}{state.role and ', '}{state.role}: {state.counts['steps']} steps, {mean}")

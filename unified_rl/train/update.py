@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import math
+import operator
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from unified_rl.backbones.base import ReplaySettings
 from unified_rl.config import RunConfig
 from unified_rl.runtime import Ranks
 from unified_rl.train import zero3
 from unified_rl.train.batching import micro_batches
-from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate, inputs_of, plans_of
+from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate
 from unified_rl.train.samples import IterationData
-from unified_rl.train.zero3 import TrainError, Zero3Engine
+from unified_rl.train.text_losses import SolverUpdate, TextUpdate
+from unified_rl.train.texts import TEXT_ROLES, TextData
+from unified_rl.train.zero3 import TrainError
 
 # Largest |ratio - 1| that arithmetic explains before the first update; beyond it the weights differ.
 RATIO_LIMIT = {"float32": 1e-2, "bfloat16": 0.2}
 
 
-def learning_rate(step: int, config: RunConfig) -> float:
-    """Rate of optimiser step number `step` (from 0, over all iterations): linear warm-up, then constant."""
-    return config.train.learning_rate * min(1.0, (step + 1) / max(1, config.train.warmup_steps))
+def learning_rate(step: int, config: RunConfig, role: str = "") -> float:
+    """Rate of a role's optimiser step number `step` (from 0, over all iterations): linear warm-up, then constant."""
+    full = operator.attrgetter(rate_key(role))(config)
+    return full * min(1.0, (step + 1) / max(1, config.train.warmup_steps))
+
+
+def rate_key(role: str) -> str:
+    """Configuration key of a role's learning rate."""
+    return f"self_consistency.{role}_learning_rate" if role in TEXT_ROLES else "train.learning_rate"
 
 
 @dataclass
 class Updater:
     """Runs optimiser steps; all ranks call every method together, with the same global batch."""
 
-    loss: GrpoUpdate | RewardWeightedUpdate
+    loss: GrpoUpdate | RewardWeightedUpdate | TextUpdate
     ranks: Ranks
+    role: str = ""
 
     def __post_init__(self) -> None:
         self.engine, self.data = self.loss.engine, self.loss.data
@@ -47,7 +56,7 @@ class Updater:
         Args:
             groups: positions in `data.groups`.
             number: of the optimiser step, from 0 over all iterations.
-            check_ratio: whether the weights must still be those that drew the samples; of GRPO only.
+            check_ratio: whether the weights must still be those that drew the samples; of replayed ones only.
 
         Raises:
             TrainError: weights and samples do not match, or the loss or gradient is not finite.
@@ -56,26 +65,29 @@ class Updater:
         batch = [sample for group in groups for sample in self.data.groups[group]]
         sums, worst, worst_sample = self._accumulate(batch, number)
         metrics = dict(zip(self.loss.metrics.values(), (sums / len(batch)).tolist(), strict=True))
-        if isinstance(self.loss, GrpoUpdate):
+        if not isinstance(self.loss, RewardWeightedUpdate):
             metrics["ratio/max_deviation"] = worst
             if check_ratio:
                 self._check_ratio(worst, worst_sample)
                 metrics["ratio/initial_max_deviation"] = worst
-        rate = learning_rate(number, self.config)
+        rate = learning_rate(number, self.config, self.role)
         metrics["grad_norm"] = self.engine.step(rate)
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad or metrics["grad_norm"] < 0:
             raise TrainError(
                 f"optimiser step {number + 1}: {', '.join(bad) or 'grad_norm'} is not finite; nothing of this "
-                "iteration was stored. Lower train.learning_rate in a new run"
+                f"iteration was stored. Lower {rate_key(self.role)} in a new run"
             )
+        texts = isinstance(self.loss, TextUpdate)
+        if texts:
+            metrics |= self.loss.after_step(batch, metrics["kl"])
         seconds = time.perf_counter() - started
         return {
             **self._reward_metrics(batch, groups),
             **metrics,
             "lr": rate,
             "time/step_s": seconds,
-            "throughput/images_per_s": len(batch) / seconds,
+            f"throughput/{'texts' if texts else 'images'}_per_s": len(batch) / seconds,
             "memory/peak_gib": peak_gib(self.device),
         }
 
@@ -112,39 +124,41 @@ class Updater:
         samples = self.data.samples
         used = [[samples[i].used_reward for i in self.data.groups[g]] for g in groups]
         metrics = {"reward": statistics.fmean(samples[i].reward for i in batch)}
-        if len(used[0]) > 1:
+        if len(used[0]) > 1 and not isinstance(self.loss, SolverUpdate):  # whose rewards no group is compared by
             metrics["reward_std"] = statistics.fmean(map(statistics.stdev, used))
             metrics["frac_reward_zero_std"] = self.data.zero_std_share
             metrics["advantage/abs_mean"] = statistics.fmean(abs(samples[i].advantage) for i in batch)
         return metrics
 
 
-def recomputed_log_probs(
-    engine: Zero3Engine,
-    data: IterationData,
-    sampling: ReplaySettings,
-    micro_batch: int,
+def old_log_probs(
+    config: RunConfig,
+    data: IterationData | TextData,
+    replay: Callable[[list[int]], torch.Tensor],
     ranks: Ranks,
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Log-probs [S] of every sample under the engine's weights; groups without signal keep those of the rollout."""
+    """Log-probs [S] of every sample under the policy that made it, where `train.old_log_probs` wants them from.
+
+    `recomputed` are those under the engine's weights; groups without signal keep those of the rollout.
+
+    Args:
+        replay: log-probs [B, S] of samples by a forward of all ranks, S that of the longest one.
+    """
     live = [i for group in data.groups for i in group]
-    old = [s.tensors["log_probs"] for s in data.samples]
-    if not live:
+    old = [s.old_log_probs for s in data.samples]
+    if config.train.old_log_probs == "rollout" or not live:
         return old
     row = {sample: n for n, sample in enumerate(live)}
-    table = torch.zeros(len(live), len(old[0]), device=device)
+    table = torch.zeros(len(live), max(len(old[i]) for i in live), device=device)
     with torch.no_grad():
-        for micro in micro_batches(live, ranks.rank, ranks.world_size, micro_batch):
-            samples = [data.samples[i] for i in micro.samples]
-            inputs = inputs_of(samples, device)
-            log_probs, _, _ = engine("decisions", *inputs, sampling, None, plans_of(samples), None)
-            for i, weight, values in zip(micro.samples, micro.weights, log_probs, strict=True):
+        for micro in micro_batches(live, ranks.rank, ranks.world_size, config.train.micro_batch):
+            for i, weight, values in zip(micro.samples, micro.weights, replay(micro.samples), strict=True):
                 if weight:
-                    table[row[i]] = values
+                    table[row[i], : len(old[i])] = values[: len(old[i])]
     table = zero3.reduced_sum(table).cpu()
     for sample, n in row.items():
-        old[sample] = table[n]
+        old[sample] = table[n, : len(old[sample])]
     return old
 
 

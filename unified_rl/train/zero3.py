@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -93,6 +94,13 @@ def leave_process_group() -> None:
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()
+
+
+def free_memory() -> None:
+    """Give the memory of what is no longer used back to the device; engines are held by reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def reduced_sum(values: torch.Tensor) -> torch.Tensor:
@@ -226,6 +234,10 @@ class Zero3Engine:
         if path is None:
             raise TrainError(f"{folder} cannot be loaded; delete it and its iteration's train stage, and train again")
         return state[CLIENT_STATE]
+
+    def close(self) -> None:
+        """Take the engine's hooks off, so that the module can be dropped; nothing may be called any more."""
+        self.engine.destroy()
 
 
 @contextmanager
