@@ -151,6 +151,12 @@ shapes_prompts() {
   done
 }
 
+# Unlabelled pictures of the world of shapes, for Ask-Solve-Generate.
+shapes_images() {
+  [[ -f data/shapes_images/manifest.json ]] ||
+    run "$PYTHON" data_tools/pack_images.py --shapes train --count 2048 --out data/shapes_images
+}
+
 # Waits for all background processes; the first failure stops the rest and is the result.
 wait_children() {
   local child code first=0 started stopping='' deadline=0 running

@@ -19,6 +19,7 @@ parse_arguments --run "$out" "$@"
 find_python
 cd "$ROOT"
 shapes_prompts
+[[ $METHOD != self_consistency ]] || shapes_images
 claim=(--method "$METHOD" --backbone "$BACKBONE" --seeds "$SEEDS" --control-seeds "${CONTROL_SEEDS:-$SEEDS}")
 listed=$(env "${LAUNCH_ENV[@]}" "$PYTHON" -m unified_rl.evaluation.evidence "${claim[@]}" --list) || exit "$?"
 mapfile -t runs <<<"$listed"
