@@ -102,7 +102,7 @@ def pack(folder, records):
 def use_painter(monkeypatch):
     """Replace the backbone: base weights have skill 0.3, the policy after iteration k has 0.3 + 0.2 (k + 1)."""
 
-    def load(config, local_rank=0, policy=None, ds_config=None):
+    def load(config, local_rank=0, policy=None, ds_config=None, roles=False):
         return Painter(0.3 if policy is None else 0.5 + 0.2 * int(policy.parent.name[-1]))
 
     monkeypatch.setattr("unified_rl.reward.judges.load_backbone", load)

@@ -52,6 +52,9 @@ def test_pictures_are_the_same_by_identity_or_bytes():
     rows = [None, one, one.copy(), turned, None, one, one.reshape(16, 64, 3)]
     assert distinct_images(rows) == ([1, 3, 6], [-1, 0, 0, 1, -1, 0, 2])
     assert distinct_images([None]) == ([], [-1])
+    # Rows of one array are new objects each time, of which two may have had the same identity.
+    whole = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3)).astype(np.uint8)
+    assert distinct_images(whole) == (list(range(8)), list(range(8)))
     with pytest.raises(BackboneError, match="image 1 must be a uint8"):
         distinct_images([one, np.zeros((3, 3))])
 

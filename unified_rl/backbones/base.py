@@ -70,7 +70,8 @@ def distinct_images(images: Sequence[np.ndarray | None]) -> tuple[list[int], lis
     first: list[int] = []
     known: dict[object, int] = {}
     places = []
-    for row, image in enumerate(images):
+    kept = list(images)  # rows of one array are made anew each time, and a freed object's id is given out again
+    for row, image in enumerate(kept):
         if image is None:
             places.append(-1)
             continue
