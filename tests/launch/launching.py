@@ -33,4 +33,5 @@ def dry_run(name: str, *arguments: str, **extra: str) -> list[str]:
     text = re.sub(r"--master_port \d+", "--master_port PORT", result.stdout)
     binaries = f"{Path(sys.executable).parent}/"
     text = text.replace(sys.executable, "BIN/python").replace(binaries, "BIN/")
-    return text.replace(str(ROOT), "ROOT").splitlines()
+    text = text.replace(str(ROOT), "ROOT")
+    return re.sub(r"'((?:ROOT|BIN)[^' ]*)'", r"\1", text).splitlines()  # quoted where this checkout's path has a space
