@@ -151,7 +151,7 @@ def start(run: Run, role: str, iteration: int, ranks: Ranks) -> Trainer:
     config = run.config
     dtype = getattr(torch, config.backbone.dtype)
     on_gpu = config.backbone.device == "cuda" or (config.backbone.device == "auto" and torch.cuda.is_available())
-    ds_config = engine_config(config, role, ranks.world_size)
+    ds_config = engine_config(config, ranks.world_size, role)
     zero3.init_process_group(ranks, "cuda" if on_gpu else "cpu")
     backbone = load_backbone(config.backbone, ranks.local_rank, ds_config=ds_config)
     if config.train.scope == "lora":
@@ -170,7 +170,7 @@ def start(run: Run, role: str, iteration: int, ranks: Ranks) -> Trainer:
     return trainer
 
 
-def engine_config(config: RunConfig, role: str, world_size: int) -> dict:
+def engine_config(config: RunConfig, world_size: int, role: str = "") -> dict:
     """The DeepSpeed configuration of the run for one role."""
     groups, size = roles.samples_per_step(config, role)
     accumulation = micro_batches_per_rank(groups * size, world_size, config.train.micro_batch)
