@@ -79,7 +79,7 @@ def test_several_ranks_need_an_address(monkeypatch):
 @pytest.mark.parametrize("world_size, accumulation", [(1, 4), (2, 2), (3, 2), (4, 1)])
 def test_batch_geometry_follows_the_run(world_size, accumulation):
     settings = ["backbone.path=x", "train.groups_per_step=8", "rollout.group_size=4", "train.micro_batch=8"]
-    config = engine_config(resolve("gvu_janus_shapes", [*settings, "train.max_grad_norm=0.5"]), "", world_size)
+    config = engine_config(resolve("gvu_janus_shapes", [*settings, "train.max_grad_norm=0.5"]), world_size)
     assert config["train_batch_size"] == 8 * accumulation * world_size
     assert config["gradient_accumulation_steps"] == accumulation
     assert config["gradient_clipping"] == 0.5
