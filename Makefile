@@ -85,7 +85,7 @@ evidence: $(STAMP)  ## measure the learning claim with its controls: METHOD=gvu 
 tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 30 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)
 
-tiny-bagel: $(STAMP)  ## train the tiny BAGEL that ships with the package: 20 to 30 minutes on two cores, by estimate
+tiny-bagel: $(STAMP)  ## train the tiny BAGEL that ships with the package: 30 to 45 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_bagel --out unified_rl/assets/tiny_bagel $(ARGS)
 
 slurm-loop: $(STAMP)  ## submit what is left of a run to SLURM: RUN=... RECIPE=... ARGS="key=value ... [--dry-run]"
