@@ -146,8 +146,13 @@ class JanusBackbone(TrainedWeights):
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute the language model's layers in the backward pass; rollouts are refused from then on (no cache)."""
-        self.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in self.model.model.language_model.layers:
+        self.recompute_layers(self.model)
+
+    @staticmethod
+    def recompute_layers(model: nn.Module) -> None:
+        """Checkpoint the layers of a Janus's language model."""
+        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in model.model.language_model.layers:
             layer.training = True  # of the layer alone: transformers checkpoints only layers in training mode
 
     def save_checkpoint(self, folder: Path) -> None:

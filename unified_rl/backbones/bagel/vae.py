@@ -66,7 +66,7 @@ class FluxVae:
             raise BackboneError(f"{folder} has no {WEIGHTS}: download the whole checkpoint")
         weights = Weights([file])
         with torch.device("meta"):
-            module = _empty_module(weights)
+            module = module_of(weights)
         names = {diffusers_name(name, len(module.config.block_out_channels)): name for name in weights.shapes}
         _check(module, names, weights)
         module.to_empty(device=device)
@@ -119,12 +119,8 @@ def diffusers_name(name: str, levels: int) -> str:
     return re.sub(r"\.up_blocks\.(\d+)\.", lambda found: f".up_blocks.{levels - 1 - int(found[1])}.", name)
 
 
-def _empty_module(weights: Weights) -> AutoencoderKL:
-    """diffusers' autoencoder of the sizes that the weights have."""
-    try:
-        from diffusers import AutoencoderKL  # heavy, and not needed to train or to read
-    except ImportError as error:
-        raise BackboneError(f"BAGEL's images need diffusers ({error}): pip install diffusers") from None
+def module_of(weights: Weights) -> AutoencoderKL:
+    """diffusers' autoencoder of the sizes that the weights have; they are not read."""
     first = "encoder.down.{}.block.{}.conv1.weight"
     channels = []
     while first.format(len(channels), 0) in weights.shapes:
@@ -135,6 +131,21 @@ def _empty_module(weights: Weights) -> AutoencoderKL:
     latent = weights.shapes.get("decoder.conv_in.weight", (0, 0))[1]
     if not (channels and latent):
         raise BackboneError(f"{weights.describe()} is not FLUX's autoencoder: it lacks {first.format(0, 0)}")
+    return empty_module(channels, blocks, latent)
+
+
+def empty_module(channels: Sequence[int], blocks: int, latent: int) -> AutoencoderKL:
+    """diffusers' autoencoder.
+
+    Args:
+        channels: of each level, at full resolution first.
+        blocks: of each level of the encoder.
+        latent: channels of the latents.
+    """
+    try:
+        from diffusers import AutoencoderKL  # heavy, and not needed to train or to read
+    except ImportError as error:
+        raise BackboneError(f"BAGEL's images need diffusers ({error}): pip install diffusers") from None
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
