@@ -29,7 +29,9 @@ def check_records(folder: Path, manifest: Manifest) -> tuple[set[str], list[str]
     kind = (INQUIRY_KINDS if asked else KINDS)[manifest.stage]
     keys: set[str] = set()
     problems = []
-    for info in manifest.shards:
+    if manifest.shards_removed:
+        print(f"--  {folder} was trained on, its shards were removed (data.keep_rollouts)")
+    for info in () if manifest.shards_removed else manifest.shards:
         try:
             found = [record.key for record in read_records(folder, [info], kind)]
         except StageError as error:

@@ -42,6 +42,7 @@ class DataConfig:
     prompts: str = MISSING  # see data_tools/pack_prompts.py; not read by method self_consistency
     images: str = ""  # see data_tools/pack_images.py; of method self_consistency
     prompts_per_iteration: int = 64  # or images
+    keep_rollouts: int = 0  # rollout and reward shards of so many trained iterations are kept; 0: of all
 
 
 @dataclass

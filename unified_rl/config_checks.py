@@ -34,6 +34,7 @@ AT_LEAST = {
     "iterations": 1,
     "backbone.threads": 1,
     "data.prompts_per_iteration": 1,
+    "data.keep_rollouts": 0,
     "rollout.group_size": 1,
     "rollout.flow.steps": 1,
     "rollout.plan_tokens": 1,

@@ -18,8 +18,9 @@ import math
 import os
 import re
 import socket
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,6 +44,8 @@ from unified_rl.runtime import current_ranks, run_stage
 
 BASE_VERSION = "base"
 STATUS_NAME = "status.json"
+LOCKS = ".locks"
+MAX_ERROR = 1000  # characters of an error in a lock's file
 STATUS_FIELDS = frozenset(
     ("state", "stage", "iteration", "iterations", "done", "total", "eta_s", "reward", "world_size")
 )
@@ -247,13 +250,15 @@ class Run:
     def lock(self, name: str) -> Iterator[None]:
         """Keep a second process from doing the same work; the lock dies with its process.
 
+        The file names the process until it has ended well; a failure is written behind it, for `status`.
+
         Args:
             name: What is locked: a stage word, with the worker number where workers share a stage.
 
         Raises:
             LedgerError: another process holds it; the message names its host and process id.
         """
-        folder = self.path / ".locks"
+        folder = self.path / LOCKS
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"{name}.lock", "a+") as file:
             try:
@@ -268,7 +273,14 @@ class Run:
             file.truncate()
             file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
             file.flush()
-            yield
+            try:
+                yield
+            except BaseException as error:
+                last = " ".join(traceback.format_exception_only(error)[-1].split())
+                with suppress(OSError):  # the disk may be full; past the file's buffer, which would try again
+                    os.write(file.fileno(), f"failed: {last[:MAX_ERROR]}\n".encode())
+                raise
+            file.truncate(0)
 
     def write_status(self, **fields: object) -> None:
         """Replace RUN/status.json: what the run is doing, for people and monitors.

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_JSON_BYTES = 64 << 20
 STORE_ATTEMPTS = 10
+REMOVED = "shards_removed"  # in `extra`
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -53,6 +54,11 @@ class Manifest:
     counts: dict[str, int]
     failures: list[dict] = field(default_factory=list)
     extra: dict = field(default_factory=dict)
+
+    @property
+    def shards_removed(self) -> bool:
+        """Whether `data.keep_rollouts` has deleted the shards; everything else still holds."""
+        return self.extra.get(REMOVED) is True
 
 
 def remove_temporaries(path: Path) -> None:

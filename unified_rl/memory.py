@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -102,11 +102,15 @@ class _Flash(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-class _AttentionByBlocks(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return _Flash.apply(*args[:3])
-        return function(*args, **(kwargs or {}))
+@contextmanager
+def _attention_by_blocks() -> Iterator[None]:
+    # Not a TorchFunctionMode: those are off inside backward, where layers are recomputed.
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda queries, keys, values, *_, **__: _Flash.apply(queries, keys, values)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:
@@ -118,7 +122,7 @@ def peak_bytes(module: nn.Module, work: Callable[[], torch.Tensor]) -> int:
     trained = [p for p in module.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained]
     counted = Counted([*module.parameters(), *module.buffers()])
-    with _AttentionByBlocks(), counted:
+    with _attention_by_blocks(), counted:
         result = work()
         if result.requires_grad:
             result.backward()
@@ -220,8 +224,9 @@ def _janus(model: str, folder: Path | None, dtype: torch.dtype) -> Network:
     return Network("janus", empty, grid, (side, side), grid[0] ** 2)
 
 
-def _janus_pro(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, dict]:
+def _janus_pro(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
     return {
+        "tie_word_embeddings": False,
         "text_config": {
             "model_type": "llama", "vocab_size": 102400, "hidden_size": hidden, "intermediate_size": intermediate,
             "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,

@@ -266,6 +266,8 @@ def read_records(folder: Path, shards: Manifest | Iterable[ShardInfo], kind: typ
     Raises:
         ShardError: see `read_shard`; RecordError: the content of a member is wrong (names shard and key).
     """
+    if isinstance(shards, Manifest) and shards.shards_removed:
+        raise ShardError(f"the shards of {folder} were removed once they were trained on (data.keep_rollouts)")
     seen: dict[str, str] = {}
     for info in shards.shards if isinstance(shards, Manifest) else shards:
         path = Path(folder) / info.name

@@ -59,6 +59,7 @@ class Truth:
         """Iterations whose rollouts are scored and not empty; of methods with two loops those of `loop`."""
         done = [k for k in self.iterations("reward") if (k, "rollout") in self.manifests]
         done = [k for k in done if self.manifests[k, "rollout"].counts.get("images", 0)]
+        done = [k for k in done if not any(self.manifests[k, s].shards_removed for s in ("rollout", "reward"))]
         return [k for k in done if loop_of(self.config, k) in ("", loop or "generation")]
 
     @property

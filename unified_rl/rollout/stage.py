@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unified_rl.config import RunConfig, loop_of, open_run
+from unified_rl.disk import require_room
 from unified_rl.ledger import Run
 from unified_rl.records import ImageRecord, PromptRecord, RolloutRecord
 from unified_rl.report.timing import append_timing
@@ -103,6 +104,7 @@ def draw_shards(
     from unified_rl.backbones.load import load_backbone
 
     config, loop = run.config, loop_of(run.config, iteration)
+    require_room(run, iteration)
     set_cpu_threads(config.backbone.threads)
     backbone = load_backbone(config.backbone, ranks.local_rank, policy, roles=bool(loop))
     make = {"": drawn_batches, "understanding": asked_batches, "generation": task_batches}[loop]

@@ -21,6 +21,7 @@ import torch
 
 from unified_rl.backbones.load import Backbone, load_backbone
 from unified_rl.config import RunConfig
+from unified_rl.disk import drop_old_shards
 from unified_rl.files import atomic_write_bytes
 from unified_rl.ledger import Run
 from unified_rl.manifests import Manifest
@@ -296,7 +297,13 @@ def save(run: Run, state: Checkpoint, ranks: Ranks, trainer: Trainer) -> None:
         "cuda_rng": torch.cuda.get_rng_state(trainer.device) if on_gpu else None,
     }
     folder = checkpoints.folder_of(run, state.iteration, state.role)
-    trainer.engine.save(folder, {"iteration": state.iteration, "step": state.step, **rng})
+    try:
+        trainer.engine.save(folder, {"iteration": state.iteration, "step": state.step, **rng})
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
+        raise TrainError(
+            f"{folder} could not be written: {str(error).splitlines()[0]}. Make room or correct the permissions, then "
+            "run the same command again: it repeats this training"
+        ) from error
     zero3.barrier()
     if ranks.rank == 0:
         checkpoints.complete(run, state)
@@ -321,6 +328,7 @@ def commit(run: Run, jobs: list[Job]) -> None:
     counts["steps"] = sum(state.counts["steps"] for state in states)
     version = run.current_policy(iteration)[1]
     run.commit(Manifest(STAGE, iteration, [], version, run.config_hash, counts, [], extra))
+    drop_old_shards(run, iteration)
     # Here and not in a process of its own: torch is loaded already, and a watcher sees every iteration.
     write_tensorboard(read_truth(run.path))
     for state in states:
