@@ -20,14 +20,15 @@ from unified_rl.train import stage, zero3
 from unified_rl.train.samples import load_iteration
 
 
-def standing() -> int:
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Of all tensors that exist; holding the result keeps them."""
     gc.collect()
-    storages = {}
+    found = {}
     for value in gc.get_objects():
         if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta:
             storage = value.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+            found[storage._cdata] = storage
+    return found
 
 
 def most_during(work) -> int:
@@ -43,12 +44,13 @@ def most_during(work) -> int:
 
 def measure(path: str) -> int:
     run, ranks = Run(path, load_run_config(Path(path))), current_ranks()
+    earlier = storages()  # engines of earlier runs, which DeepSpeed does not let go
     data = load_iteration(run, 0)
     trainer = stage.start(run, -1, ranks)
     updater = stage.make_updater(run, ranks, trainer, data)
     groups = list(range(run.config.train.groups_per_step))
     updater.step(groups, 0, check_ratio=True)
-    before = standing()
+    before = sum(storage.nbytes() for key, storage in storages().items() if key not in earlier)
     return before + most_during(lambda: updater.step(groups, 1, check_ratio=False))
 
 

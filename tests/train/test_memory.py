@@ -28,7 +28,7 @@ def measured(tmp_path_factory, random_bagel_folder, janus_builder):
     checkpoints = {"janus": folder / "janus", "bagel": random_bagel_folder}
     runs = {
         name: open_scored_run(
-            folder / name, checkpoints[family], *BIG, *overrides, recipe=f"gvu_{family}_shapes"
+            folder / name, checkpoints[family], *BIG, "reward.domain=log", *overrides, recipe=f"gvu_{family}_shapes"
         )
         for name, (family, overrides) in CASES.items()
     }  # fmt: skip
