@@ -3,6 +3,7 @@
 #   ITERATION  iteration of one stage        ARGS       key=value overrides, or further arguments
 #   DRY_RUN=1  print the commands only       PYTHON     interpreter that .venv is built on
 #   SLURM_SITE settings of the cluster, default launch/slurm/site.env
+#   MODEL, NODES, GPUS                       what `make plan` computes
 #   METHOD, BACKBONE, SEEDS, CONTROL_SEEDS   what `make evidence` measures
 #   TORCH_INDEX_URL                          package index for torch, e.g. one with CPU wheels
 
@@ -16,14 +17,16 @@ BACKBONE ?= janus
 SEEDS ?= 3
 RUN_ARGUMENTS = --run "$(or $(RUN),$(error RUN is not set: add RUN=runs/NAME))"
 RECIPE_ARGUMENTS = $(if $(RECIPE),--recipe "$(RECIPE)") $(ARGS)
+PLAN_ARGUMENTS = --model "$(or $(MODEL),$(error MODEL is not set: add MODEL=janus-pro-1b))" \
+  $(if $(NODES),--nodes "$(NODES)") $(if $(GPUS),--gpus "$(GPUS)")
 STAGE_ARGUMENTS = $(RUN_ARGUMENTS) --iteration "$(or $(ITERATION),$(error ITERATION is not set: add ITERATION=0))"
 
 # The launchers use .venv; PYTHON is only for building it.
 unexport PYTHON
 export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL
 
-.PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status report \
-  clean-run evidence tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
+.PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status doctor plan \
+  report clean-run evidence tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -72,6 +75,12 @@ export: $(STAMP)  ## write the tuned weights as a whole checkpoint: RUN=... ARGS
 
 status: $(STAMP)  ## table of stages and iterations of a run: RUN=... (ARGS=--watch follows it)
 	@$(PY) -m unified_rl.ledger status "$(or $(RUN),$(error RUN is not set: add RUN=runs/NAME))" $(ARGS)
+
+doctor: $(STAMP)  ## check GPUs, disk, file system, packages and data before a run: RUN=... RECIPE=... ARGS="key=value ..."
+	@$(PY) -m unified_rl.doctor $(RUN_ARGUMENTS) $(RECIPE_ARGUMENTS)
+
+plan: $(STAMP)  ## memory of each stage on a GPU, and the time of an iteration: MODEL=janus-pro-1b NODES=1 GPUS=8
+	@$(PY) -m unified_rl.plan $(PLAN_ARGUMENTS) $(RECIPE_ARGUMENTS)
 
 report: $(STAMP)  ## write report.html, pictures and TensorBoard logs of a run: RUN=...
 	$(PY) -m unified_rl.report $(RUN_ARGUMENTS)

@@ -1,16 +1,19 @@
 """`python -m unified_rl.ledger status RUN`."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from unified_rl.config import BackboneConfig, DataConfig, RolloutConfig, RunConfig, to_yaml
 from unified_rl.ledger import Run
 from unified_rl.manifests import Manifest, ShardInfo
-from unified_rl.status import activity_line, status_text
+from unified_rl.status import activity_line, is_locked, status_text
 
 
 @pytest.fixture
@@ -109,3 +112,102 @@ def test_nothing_heavy_is_imported(run):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+
+
+def test_progress_of_the_last_iteration(run):
+    """Two of three shards of two images, two seconds apart: one image a second, and one shard is left."""
+    fill(run)
+    run.mark_shard(1, "rollout", 0, ShardInfo("shard-00000.tar", 2, "ab" * 32, 10), {"failed": 1})
+    for index, when in ((0, 1000), (2, 1002)):
+        os.utime(run.iteration_folder(1) / f"rollout/shard-{index:05d}.done.json", (when, when))
+    rows = [line.split() for line in status_text(run.path).splitlines()]
+    assert ["stage", "shards", "images", "failed", "images/s", "eta"] in rows
+    assert ["rollout", "2/3", "4", "1", "1", "0:02"] in rows
+
+
+def test_progress_of_training(run):
+    fill(run)
+    run.stage_folder(1, "train")
+    run.write_status(stage="train", iteration=1, done=3, total=8, eta_s=61.0)
+    assert ["train", "3/8", "steps", "1:01"] in [line.split() for line in status_text(run.path).splitlines()]
+
+
+def blocked(run: Run) -> list[str]:
+    return [line for line in status_text(run.path).splitlines() if line.startswith("blocked: ")]
+
+
+def test_a_failed_stage_is_named_until_it_is_committed(run):
+    with pytest.raises(ValueError, match="red"), run.lock("reward-1"):
+        raise ValueError("the judge sees red\nin all images")
+    expected = f"blocked: reward-1: process {os.getpid()} on {socket.gethostname()} failed: "
+    assert blocked(run) == [expected + "ValueError: the judge sees red in all images"]
+    os.utime(run.path / ".locks/reward-1.lock", (1000, 1000))
+    fill(run)
+    assert not any("reward-1" in line for line in blocked(run))
+
+
+def test_a_stage_that_ends_well_leaves_nothing(run):
+    with run.lock("reward-0"):
+        pass
+    assert (run.path / ".locks/reward-0.lock").read_text() == ""
+    assert blocked(run) == [f"blocked: nothing runs: `make loop RUN={run.path}` continues"]
+
+
+@pytest.fixture
+def holder(run):
+    """Process id of a child that holds the lock rollout-0."""
+    ready, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with run.lock("rollout-0"):
+            os.write(go, b"x")
+            signal.pause()
+    os.read(ready, 1)
+    yield child
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_killed_worker(run, holder):
+    assert is_locked(run.path / ".locks/rollout-0.lock")
+    assert blocked(run) == []
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert not is_locked(run.path / ".locks/rollout-0.lock")
+    assert f"rollout-0: process {holder} on {socket.gethostname()} was killed" in blocked(run)[0]
+
+
+def test_a_lock_of_the_dead(run, holder):
+    """A file server may keep the lock of a process that is gone; here a living one stands in for the server."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    path = run.path / ".locks/rollout-0.lock"
+    path.write_text(f"host {socket.gethostname()}, process {child}\n")
+    assert blocked(run) == [
+        f"blocked: rollout-0: process {child} on {socket.gethostname()} is gone, but its lock is held: delete {path}"
+    ]
+    path.write_text("host elsewhere, process 5\n")
+    assert "process 5 on elsewhere holds its lock and has said nothing for over 10 minutes" in blocked(run)[0]
+    run.write_status(stage="rollout")
+    assert blocked(run) == []
+
+
+def test_a_missing_stage(run):
+    fill(run)
+    (run.path / "iter_0000/reward/manifest.json").unlink()
+    assert "reward of iteration 0 is missing, although train of iteration 0 is committed" in blocked(run)[0]
+
+
+def test_fast_with_100000_records(run):
+    fill(run)
+    for index in range(391):
+        run.mark_shard(1, "rollout", index, ShardInfo(f"shard-{index:05d}.tar", 256, "ab" * 32, 10), {})
+    for iteration in range(2, 60):
+        run.iteration_folder(iteration).mkdir()
+    start = time.process_time()
+    text = status_text(run.path)
+    assert time.process_time() - start < 3
+    assert "the last 20 of 60 iterations:" in text

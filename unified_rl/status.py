@@ -207,8 +207,8 @@ def worker_problems(run: Run, silent: float) -> list[str]:
                 problems.append(f"{who} is gone, but its lock is held: delete {path}")
             elif found[1] != socket.gethostname() and silent > SILENT_SECONDS:
                 problems.append(
-                    f"{who} holds its lock and has said nothing for {format_seconds(silent)}: look at that host; if "
-                    f"it is down, delete {path}"
+                    f"{who} holds its lock and has said nothing for over {SILENT_SECONDS / 60:.0f} minutes: look at "
+                    f"that host; if it is down, delete {path}"
                 )
         elif path.stat().st_mtime > _committed_at(run, name.split("-")[0]):
             failure = next((line for line in lines if line.startswith("failed: ")), None)

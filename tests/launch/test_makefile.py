@@ -14,10 +14,10 @@ from tests.launch.launching import ROOT
 
 TARGETS = [
     "help", "install", "test", "test-slow", "lint", "format", "demo", "loop", "rollout", "reward", "train", "evaluate",
-    "export", "status", "report", "clean-run", "evidence", "tiny-janus", "tiny-bagel",
+    "export", "status", "doctor", "plan", "report", "clean-run", "evidence", "tiny-janus", "tiny-bagel",
     "slurm-loop", "slurm-rollout", "slurm-reward", "slurm-train", "slurm-evaluate",
 ]  # fmt: skip
-OURS = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RUN", "ARGS", "PYTHON")
+OURS = ("MODEL", "NODES", "GPUS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RUN", "ARGS", "PYTHON")
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -83,6 +83,10 @@ def test_make_alone_prints_the_help() -> None:
         (["evidence", "SEEDS=5"], ['RUN="" launch/evidence.sh']),
         (["clean-run", "RUN=r"], ['RUN="r" launch/clean_run.sh']),
         (["status", "RUN=r"], ['.venv/bin/python -m unified_rl.ledger status "r"']),
+        (["doctor", "RUN=r", "RECIPE=gvu", "ARGS=seed=1"],
+         ['.venv/bin/python -m unified_rl.doctor --run "r" --recipe "gvu" seed=1']),
+        (["plan", "MODEL=my model", "NODES=2", "GPUS=4"],
+         ['.venv/bin/python -m unified_rl.plan --model "my model" --nodes "2" --gpus "4"']),
         (["report", "RUN=r"], ['.venv/bin/python -m unified_rl.report --run "r"']),
         (["export", "RUN=r", "ARGS=--out x"], ['.venv/bin/python -m unified_rl.train.export --run "r"  --out x']),
         (["test"], ["OMP_NUM_THREADS=1 .venv/bin/python -m pytest"]),
