@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -124,3 +127,33 @@ def random_bagel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def janus_builder() -> Callable[..., None]:
     """`build_random_janus`, for tests that need other sizes."""
     return build_random_janus
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system in memory with a size of its own."""
+
+    folder: Path
+
+    def resize(self, kilobytes: int) -> None:
+        """Make it so large."""
+        self.mount(f"remount,size={kilobytes}k")
+
+    def mount(self, option: str) -> None:
+        """Mount it, or change it."""
+        command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(self.folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A tmpfs that a test can fill."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    disk = SmallDisk(tmp_path / "small")
+    disk.folder.mkdir()
+    disk.mount("size=64m")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk.folder)], check=True)

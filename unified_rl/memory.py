@@ -47,7 +47,9 @@ NOT_DRAWING = {
 }
 SIZE = {"float32": 4, "bfloat16": 2}
 MASTER, MOMENTS, SUMS = 4, 8, 4  # bytes a trained number: fp32 weight, Adam's two moments, sum of gradients
-STEP = 8  # fp32 gradient and denominator, while Adam steps
+# While Adam steps: the gradient in one piece and the denominator, which torch computes in place on GPUs only.
+STEP, STEP_ON_CPU = 8, 12
+SUB_GROUP = 1_000_000_000  # numbers that DeepSpeed steps together
 DEEPSPEED = {  # its own values where the configuration has none
     "reduce_bucket_size": 500_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
@@ -293,7 +295,9 @@ def _velocity(painter: Painter, context: Context, rows: int, guidance: bool) -> 
 
 
 def _read(net: Network, rows: int, tokens: int) -> Context:
-    packed = pack([[Text([0] * tokens)]] * rows, net.model.config, SpecialTokens(0, 0, 0, 0))
+    # Prompts differ in length: padding makes attention take a mask, and copies of the keys that heads share.
+    texts = [[Text([0] * (tokens - bool(row)))] for row in range(rows)]
+    packed = pack(texts, net.model.config, SpecialTokens(0, 0, 0, 0))
     return net.model(packed.to(META), Context.empty(rows))[1]
 
 
@@ -424,14 +428,15 @@ def train_memory(net: Network, config: RunConfig, world_size: int, prompt: int) 
     partitioned = sum(p.numel() * p.element_size() for p in net.model.parameters()) // world_size
     offload = {name: zero.get(f"offload_{name}", {}).get("device", "none") != "none" for name in ("optimizer", "param")}
     mine = 0 if offload["optimizer"] else trained // world_size
-    bucket = min(options["reduce_bucket_size"], trained) * size
+    bucket = options["reduce_bucket_size"] * size
+    step = (STEP_ON_CPU if config.backbone.device == "cpu" else STEP) * min(mine, SUB_GROUP)
     gathered = _gathered(net, options) * size if world_size > 1 else 0
     outside = sum(p.numel() * p.element_size() for p in net.vae.parameters()) if net.vae else 0
     return Memory(
         weights=(0 if offload["param"] else partitioned) + outside,
         gradients=SUMS * mine,
         optimizer=(MASTER + MOMENTS) * mine,
-        activations=max(passes, STEP * mine - gathered),
+        activations=max(passes, step - gathered),
         buffers=bucket + gathered,
     )
 

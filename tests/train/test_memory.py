@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import PROMPTS, open_scored_run, run_ranks
+from unified_rl.disk import expected
 from unified_rl.memory import network, train_memory
 from unified_rl.runtime import set_cpu_threads
 
@@ -18,6 +19,7 @@ CASES = {
     "bagel-lora": ("bagel", ["train.scope=lora", "train.lora.rank=8"]),
 }
 TOLERANCE = 0.15
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")
@@ -53,5 +55,13 @@ def test_estimate_is_within_15_percent_of_a_real_step(measured, name):
     set_cpu_threads(1)
     path = run.config.backbone.path
     memory = train_memory(network(path, "float32"), run.config, 1, prompt_tokens(Path(path)))
-    print(name, f"measured {found / 2**20:.2f} MiB, estimated {memory.peak / 2**20:.2f} MiB", memory)
+    print(f"{name}: measured {found / 2**20:.2f} MiB, estimated {memory.peak / 2**20:.2f} MiB, {memory}")
     assert memory.peak == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["janus-full", "bagel-full"])
+def test_shards_stay_below_the_estimate_and_near_it(measured, name):
+    run, _ = measured[name]
+    for stage in ("rollout", "reward"):
+        found = sum(shard.bytes for shard in run.require_manifest(0, stage).shards)
+        assert 0.3 < found / getattr(expected(run.config), stage) <= 1, stage
