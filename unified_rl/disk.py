@@ -6,16 +6,18 @@ import json
 import math
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
-from unified_rl.config import TOKEN_FAMILIES, RunConfig, checkpoint_path
+from unified_rl.config import RunConfig, checkpoint_path, loop_of
+from unified_rl.config_checks import TOKEN_FAMILIES
 from unified_rl.ledger import Run
 from unified_rl.manifests import REMOVED, read_manifest, write_manifest
 from unified_rl.runtime import StageError
 
 RECORD = 6 << 10  # bytes of a sample beside its image and tensors: JSON, headers and padding of the tar
 OPTIMIZER = 12  # bytes a trained number: fp32 weight and Adam's two moments
+TOKEN = 12  # bytes of a written token: id, log-prob or entropy, text
 SPARE = 1.05
 MAX_HEADER = 100 << 20
 STAGES = ("rollout", "reward")
@@ -34,9 +36,8 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         DiskError: no weights, a shard that its index lists is missing, or a file that is cut or damaged.
     """
-    indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
-    for index in indices:
+    for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
             listed = set(json.loads(index.read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -67,15 +68,21 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def trained_numbers(config: RunConfig) -> int:
-    """How many numbers training updates. Loads the family's rules, and torch with them."""
+    """How many numbers training updates, in all roles. Loads the family's rules, and torch with them."""
     from unified_rl.backbones.load import FAMILIES
 
     family, lora = FAMILIES[config.backbone.family], config.train.lora
     shapes = weight_shapes(checkpoint_path(config.backbone.path))
     if config.train.scope == "full":
         return sum(math.prod(shape) for name, shape in shapes.items() if family.trained_in_full(name))
-    adapted = re.compile(family.lora_targets + r"\.weight")
-    return sum(lora.rank * sum(shape) for name, shape in shapes.items() if adapted.fullmatch(name))
+    reading = 2 if config.reward.method == "self_consistency" else 0  # Proposer and Solver
+    adapted = [family.lora_targets, *[family.reading_lora_targets] * reading]
+    return sum(
+        lora.rank * sum(shape)
+        for targets in adapted
+        for name, shape in shapes.items()
+        if re.fullmatch(targets + r"\.weight", name)
+    )
 
 
 # ---- what an iteration writes -------------------------------------------------------------------------------------
@@ -93,7 +100,10 @@ class Written:
     @property
     def total(self) -> int:
         """All of them."""
-        return self.rollout + self.reward + self.policy + self.checkpoint
+        return sum(astuple(self))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {gib(size)}" for name, size in vars(self).items())
 
 
 def image_numbers(config: RunConfig) -> tuple[int, int]:
@@ -110,31 +120,34 @@ def image_numbers(config: RunConfig) -> tuple[int, int]:
     return height * width, height * width // vae.get("downsample", 8) ** 2 * vae.get("z_channels", 16)
 
 
-def expected(config: RunConfig) -> Written:
+def expected(config: RunConfig, iteration: int = 0) -> Written:
     """Upper bound before anything is written: images are taken as not compressible."""
     pixels, numbers = image_numbers(config)
-    flow, grpo = config.rollout.flow, config.policy.objective == "grpo"
+    flow, roles, trained = config.rollout.flow, config.self_consistency, trained_numbers(config)
     drawn = reference = 8 * numbers  # tokens and their log-probs
     if config.backbone.family not in TOKEN_FAMILIES:
         decisions = (flow.sde_window or (flow.sde_before or flow.steps - 1)) if flow.eta else 0
         drawn, reference = 4 * numbers * (1 + (decisions + 1 if decisions else 0)), 4 * numbers * decisions
-    plan = 8 * config.rollout.plan_tokens if config.rollout.think else 0
-    regions = (64 << 10) + 4 * numbers if config.reward.method == "srum" else 0
-    images = config.data.prompts_per_iteration * config.rollout.group_size
-    trained = trained_numbers(config)
+    images, scored = config.data.prompts_per_iteration * config.rollout.group_size, RECORD
+    if loop_of(config, iteration) == "understanding":
+        images, reference = config.data.prompts_per_iteration, roles.questions * RECORD
+        drawn = roles.questions * TOKEN * (roles.proposer_tokens + (roles.answers + 1) * roles.solver_tokens)
+    elif config.reward.method == "srum":
+        scored += (64 << 10) + 4 * numbers  # regions with reasons, and the map
     return Written(
-        rollout=images * (3 * pixels + drawn + plan + RECORD),
-        reward=images * ((reference if grpo else 0) + regions + RECORD),
+        rollout=images * (3 * pixels + drawn + RECORD + TOKEN * config.rollout.plan_tokens * config.rollout.think),
+        reward=images * (scored + (reference if config.policy.objective == "grpo" else 0)),
         policy=trained * (4 if config.backbone.dtype == "float32" else 2) + RECORD,
         checkpoint=trained * OPTIMIZER + (1 << 20),
     )
 
 
 def expected_next(run: Run, iteration: int) -> Written:
-    """What `iteration` will write: images and scores as many bytes as those of the iteration before, if it has any."""
-    written = expected(run.config)
+    """What `iteration` will write: images and scores as many bytes as those of the last such iteration, if any."""
+    written, config = expected(run.config, iteration), run.config
+    alike = [k for k in range(iteration - 1, -1, -1) if loop_of(config, k) == loop_of(config, iteration)]
     for stage in STAGES:
-        manifest = read_manifest(run.iteration_folder(iteration - 1) / stage) if iteration else None
+        manifest = read_manifest(run.iteration_folder(alike[0]) / stage) if alike else None
         if manifest is not None:
             written = replace(written, **{stage: int(SPARE * sum(shard.bytes for shard in manifest.shards))})
     return written
@@ -155,18 +168,13 @@ def require_room(run: Run, iteration: int) -> None:
     """
     written = expected_next(run, iteration)
     there = sum(file.stat().st_size for file in run.iteration_folder(iteration).rglob("*.tar"))
-    needed, free = max(0, int(SPARE * written.total) - there), free_bytes(run.path)
+    needed, free = int(SPARE * written.total) - there, free_bytes(run.path)
     if free < needed:
         raise DiskError(
-            f"iteration {iteration} of {run.path} needs {gib(needed)} more ({shown(written)}), the disk has "
+            f"iteration {iteration} of {run.path} needs {gib(needed)} more ({written}), the disk has "
             f"{gib(free)}. Make room, keep fewer checkpoints (train.keep_checkpoints) or shards (data.keep_rollouts) "
             "in a new run, then run the same command again"
         )
-
-
-def shown(written: Written) -> str:
-    """In words."""
-    return ", ".join(f"{name} {gib(size)}" for name, size in vars(written).items())
 
 
 def gib(size: float) -> str:
@@ -184,16 +192,14 @@ def drop_old_shards(run: Run, iteration: int) -> None:
     """
     keep = run.config.data.keep_rollouts
     for old in range(iteration - keep, -1, -1) if keep else ():
-        removed = sum(_drop(run, old, stage) for stage in STAGES)
-        if not removed:  # those before were dropped earlier
+        if not sum(_drop(run, old, stage) for stage in STAGES):  # those before were dropped earlier
             break
 
 
 def _drop(run: Run, iteration: int, stage: str) -> int:
-    folder = run.iteration_folder(iteration) / stage
-    manifest = run.manifest(iteration, stage)
+    folder, manifest = run.iteration_folder(iteration) / stage, run.manifest(iteration, stage)
     files = [*folder.glob("shard-*.tar"), *folder.glob("shard-*.done.json")]
-    if manifest is None or not files or run.manifest(iteration, "train") is None:
+    if manifest is None or not files:
         return 0
     write_manifest(folder, replace(manifest, extra={**manifest.extra, REMOVED: True}))
     for file in files:
