@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from unified_rl.shards import ShardError, read_records
 from unified_rl.status import status_text
 
 ONE = Ranks(0, 0, 1)
-SIZE = 104  # bytes of a shard of `shards`
+SIZE = 128  # bytes of a shard of `shards`
 
 
 # Checkpoint files
@@ -91,6 +92,16 @@ def test_bytes_by_hand():
     assert expected(config).reward == 40 * (4 * 256 * 7 + disk.RECORD)
 
 
+def test_bytes_of_the_loop_of_questions_by_hand():
+    """Two images with three questions each, of 24 tokens, seven answers and a greedy one of 8 tokens."""
+    config = resolve("self_consistency_janus_shapes", ["data.prompts_per_iteration=2"])
+    asked = expected(config, 0)
+    assert asked.rollout == 2 * (3 * 32 * 32 + 3 * 12 * (24 + 8 * 8) + disk.RECORD)
+    assert expected(config, 3).rollout == 2 * 8 * (3 * 32 * 32 + 16 * 8 + disk.RECORD)  # drawings
+    one = replace(config, reward=replace(config.reward, method="gvu"))
+    assert trained_numbers(config) == 3 * trained_numbers(one)  # an adapter for each role, on the same modules
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -127,9 +138,7 @@ def test_what_is_there_counts_and_the_last_iteration_tells_the_sizes(run, monkey
 def test_room_is_asked_of_the_nearest_folder(tmp_path):
     assert disk.free_bytes(tmp_path / "not" / "there") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
     assert disk.gib(3 * 2**29) == "1.5 GiB"
-    assert (
-        disk.shown(Written(2**20, 0, 0, 2**31)) == "rollout 1.0 MiB, reward 0.0 MiB, policy 0.0 MiB, checkpoint 2.0 GiB"
-    )
+    assert str(Written(2**20, 0, 0, 2**31)) == "rollout 1.0 MiB, reward 0.0 MiB, policy 0.0 MiB, checkpoint 2.0 GiB"
 
 
 # Old shards

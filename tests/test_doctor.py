@@ -83,9 +83,8 @@ def test_an_all_reduce_that_hangs_is_ended(config, monkeypatch):
 
 
 def test_a_rank_that_fails_is_named(config, monkeypatch):
-    monkeypatch.setattr(
-        doctor, "ALL_REDUCE", "import sys\nprint('ready')\nsys.exit('no network' if sys.argv[3] == '1' else 0)"
-    )
+    program = "import sys\nprint('ready')\nsys.exit('no network' if sys.argv[3] == '1' else 0)"
+    monkeypatch.setattr(doctor, "ALL_REDUCE", program)
     assert "rank 1: no network;" in only(doctor.all_reduce(config)).text
 
 

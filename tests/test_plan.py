@@ -80,8 +80,9 @@ def test_zero3_divides_everything_by_the_ranks():
 def test_lora_and_recomputing_take_less():
     full, lora = trained(1), trained(1, "train.scope=lora")
     assert lora.optimizer < full.optimizer / 3
-    assert trained(1, "train.activation_checkpointing=true").peak < full.peak
-    assert trained(1, "train.micro_batch=32").activations > 3 * full.activations
+    large = trained(1, "train.micro_batch=64")
+    assert trained(1, "train.micro_batch=64", "train.activation_checkpointing=true").peak < large.peak
+    assert large.activations == pytest.approx(2 * trained(1, "train.micro_batch=32").activations, rel=0.05)
 
 
 def test_offloading_takes_the_states_off_the_gpu():

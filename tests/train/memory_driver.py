@@ -46,7 +46,7 @@ def measure(path: str) -> int:
     run, ranks = Run(path, load_run_config(Path(path))), current_ranks()
     earlier = storages()  # engines of earlier runs, which DeepSpeed does not let go
     data = load_iteration(run, 0)
-    trainer = stage.start(run, -1, ranks)
+    trainer = stage.start(run, "", -1, ranks)
     updater = stage.make_updater(run, ranks, trainer, data)
     groups = list(range(run.config.train.groups_per_step))
     updater.step(groups, 0, check_ratio=True)
