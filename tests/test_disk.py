@@ -161,7 +161,7 @@ def test_old_shards_go_and_manifests_say_so(run, capsys):
     assert rollout(run, 0, ONE) == reward(run, 0, ONE) == EXIT_OK
     assert check_run(run.path) == []
     assert "were removed" in capsys.readouterr().out
-    assert read_truth(run.path).scored == [1]
+    assert read_truth(run.path).scored() == [1]
     assert "Work done" in render(read_truth(run.path))
     assert "2/2 removed" in status_text(run.path)
     with pytest.raises(ShardError, match="data.keep_rollouts"):
