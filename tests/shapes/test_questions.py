@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from unified_rl.shapes.prompts import plural
-from unified_rl.shapes.questions import COUNT_WORDS, FAMILIES, TABLES, make_questions
+from unified_rl.shapes.questions import COUNT_WORDS, FAMILIES, TABLES, make_questions, true_answer
+from unified_rl.shapes.world import Object, detect, render
 
 QUESTIONS = make_questions(0, 400)
 
@@ -72,3 +73,24 @@ def test_tables_are_true(kind):
                 assert (value == "yes") == any(item.shape == name for item in objects)
             else:
                 assert COUNT_WORDS.index(value) == sum(item.color == name for item in objects)
+
+
+def test_the_truth_of_a_question_is_read_off_the_picture():
+    for question in QUESTIONS:
+        assert true_answer(question.question, detect(render(question.scene))) == (question.family, question.answer)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "what color is the circle?",  # two, of different colours
+        "what color is the ring?",  # none
+        "is the circle left of the square?",  # one is, the other is not
+        "is the ring left of the square?",
+        "is the circle is the square?",
+        "how many circles are there? and squares?",
+    ],
+)
+def test_a_question_that_the_picture_does_not_decide_has_no_truth(question):
+    scene = (Object("circle", "red"), Object("square", "blue"), None, Object("circle", "green"))
+    assert true_answer(question, detect(render(scene))) is None

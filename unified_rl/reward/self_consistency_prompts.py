@@ -25,8 +25,12 @@ FRAMINGS = {
         "Give a short answer that anybody with the picture could confirm.",
         "Find the part of the picture that decides the question, and answer from it.",
     ),
-    "brief": ("", "look: ", "from the picture: ", "look closely: ", "say what is there: ", "briefly: ", "check: "),
-}
+    # Not those that the small models were taught: a public model has not been taught its framings either.
+    "brief": (
+        "", "please answer: ", "in the image, ", "study the scene. ", "answer in one word. ", "be exact: ",
+        "look at the image and answer. ",
+    ),
+}  # fmt: skip
 
 _ANSWER_RULES = """\
 Answer with the bare fact in one to five words: no sentence, no explanation, no "or". Write a count as a whole number. \

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from unified_rl.shapes.prompts import CELLS, plural, random_object
 from unified_rl.shapes.world import COLORS, GRID, RELATIONS, SHAPES, Detection, Object, Scene, related
 
+# What stands before a question when the small models are taught.
+TAUGHT_FRAMINGS = ("", "look: ", "from the picture: ", "look closely: ", "say what is there: ", "briefly: ", "check: ")
 COUNT_WORDS = ("zero", "one", "two", "three", "four")
 
 
@@ -119,6 +122,15 @@ FAMILIES: dict[str, Callable[[random.Random], tuple[Scene, str, str]]] = {
     "relation": _relation,
     "comparison": _comparison,
 }
+_ASKED = {
+    "existence": r"is there an? (\w+)\?",
+    "color": r"what color is the (\w+)\?",
+    "shape": r"what shape is the (\w+) object\?",
+    "counting": r"how many (\w+) objects are there\?",
+    "number": r"how many (\w+) are there\?",
+    "relation": rf"is the (\w+) ({'|'.join(RELATIONS)}) the (\w+)\?",
+    "comparison": r"are there more (\w+) objects than (\w+) objects\?",
+}
 EASY = ("existence", "color", "shape")
 HARD = ("counting", "number", "relation", "comparison")
 
@@ -135,6 +147,39 @@ def make_questions(seed: int, per_family: int) -> list[Question]:
         for family in FAMILIES
         for i in range(per_family)
     ]
+
+
+def true_answer(question: str, seen: Sequence[Detection]) -> tuple[str, str] | None:
+    """(family, answer) of a question in the words of a family about detected objects, whoever asked it.
+
+    None for other words, and where the picture does not decide: no such object, two different ones, or a relation that
+    differs between objects.
+    """
+    found = ((family, re.fullmatch(pattern, question)) for family, pattern in _ASKED.items())
+    family, match = next(((family, match) for family, match in found if match), ("", None))
+    if match is None:
+        return None
+    words = match.groups()
+    if family in ("counting", "number"):
+        count = sum(words[0] in (item.color, plural(item.shape)) for item in seen)
+        return family, COUNT_WORDS[count]
+    if family in ("color", "shape"):
+        answers = {
+            item.color if family == "color" else item.shape for item in seen if words[0] in (item.shape, item.color)
+        }
+    elif family == "existence":
+        answers = {_yes(any(item.shape == words[0] for item in seen))}
+    elif family == "relation":
+        pairs = [(a, b) for a in seen for b in seen if (a.shape, b.shape) == (words[0], words[2]) and a is not b]
+        answers = {_yes(related(a, words[1], b)) for a, b in pairs}
+    else:
+        first, second = (sum(item.color == color for item in seen) for color in words)
+        answers = {_yes(first > second)}
+    return (family, answers.pop()) if len(answers) == 1 else None
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
 
 
 # Tables: one question that asks for many facts of a family at once. They teach reading many times faster than single

@@ -19,11 +19,10 @@ from torch import nn
 
 from unified_rl.backbones.base import ReplaySettings
 from unified_rl.backbones.load import Backbone
-from unified_rl.reward.self_consistency_prompts import FRAMINGS, solver_question
 from unified_rl.shapes import measure
 from unified_rl.shapes.prompts import all_metadata, random_metadata, scene_for
 from unified_rl.shapes.proposing import drawing_task, proposal
-from unified_rl.shapes.questions import LOOKUPS, TABLES, make_question, make_table
+from unified_rl.shapes.questions import LOOKUPS, TABLES, TAUGHT_FRAMINGS, make_question, make_table
 from unified_rl.shapes.ratings import rate_layout, rate_regions
 from unified_rl.shapes.vocabulary import DESCRIBE
 from unified_rl.shapes.world import render
@@ -121,8 +120,8 @@ def reading_batch(
     asked_questions = []
     for family in rng.choices(families, weights, k=phase.questions):
         asked = make_question(family, rng)
-        framing = rng.randrange(len(FRAMINGS["brief"]))
-        asked_questions.append(replace(asked, question=solver_question(asked.question, framing, "brief")))
+        framing = TAUGHT_FRAMINGS[rng.randrange(len(TAUGHT_FRAMINGS))]
+        asked_questions.append(replace(asked, question=framing + asked.question))
     asked_questions += [make_table(rng, TABLES) for _ in range(phase.tables)]
     asked_questions += [make_table(rng, LOOKUPS) for _ in range(phase.lookups)]
     asked_questions += [proposal(rng) for _ in range(phase.proposals)] + [drawing_task(rng) for _ in range(phase.tasks)]

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from unified_rl.reward.self_consistency_prompts import solver_question
 from unified_rl.shapes.prompts import all_metadata
 from unified_rl.shapes.proposing import drawing_task, proposal
-from unified_rl.shapes.questions import COUNT_WORDS, LOOKUPS, TABLES, make_questions, make_table
+from unified_rl.shapes.questions import COUNT_WORDS, LOOKUPS, TABLES, TAUGHT_FRAMINGS, make_questions, make_table
 from unified_rl.shapes.ratings import rate_layout, rate_regions
 from unified_rl.shapes.world import COLORS, IMAGE_SIZE, SHAPES
 
@@ -28,7 +27,7 @@ def corpus(drawing: str = "{}", asking: str = "{}", answering: str = "{}") -> li
     asked += [made(rng) for made in (proposal, drawing_task) for _ in range(150)]
     ratings = [made(rng) for made in (rate_regions, rate_layout) for _ in range(200)]
     pairs = [(made.question, made.answer) for made in [*asked, *ratings]] + [(DESCRIBE, prompt) for prompt in prompts]
-    pairs += [(solver_question(q.question, i % 7, "brief"), q.answer) for i, q in enumerate(asked[:720])]
+    pairs += [(TAUGHT_FRAMINGS[i % 7] + q.question, q.answer) for i, q in enumerate(asked[:720])]
     words = [*COUNT_WORDS, "yes", "no", *SHAPES, *COLORS] * 20
     # Numbers that no rating of a grid's cells holds, so that other boxes and scores are short too.
     words += [f"1 ({n}, {n}, {n}, {n}) 2" for n in range(IMAGE_SIZE + 1)] * 10
