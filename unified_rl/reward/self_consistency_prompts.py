@@ -27,7 +27,7 @@ FRAMINGS = {
     ),
     # Not those that the small models were taught: a public model has not been taught its framings either.
     "brief": (
-        "", "please answer: ", "in the image, ", "study the scene. ", "answer in one word. ", "be exact: ",
+        "", "question: ", "answer: ", "for this picture: ", "study the scene. ", "answer in one word. ",
         "look at the image and answer. ",
     ),
 }  # fmt: skip
