@@ -292,6 +292,10 @@ def test_three_roles_need_images_and_no_prompts(tmp_path: Path) -> None:
     assert resolve(str(mine)).data.prompts == ""
     with pytest.raises(ConfigError, match="no value for data.images"):
         resolve(str(mine), ["data.images="])
+    imageless = "self_consistency.imageless=true"
+    assert resolve(str(mine), [imageless, "data.prompts=z"]).data.prompts == "z"
+    with pytest.raises(ConfigError, match="no value for data.prompts"):
+        resolve(str(mine), [imageless])
     with pytest.raises(ConfigError, match="reward.method=gvu draws data.prompts"):
         resolve(RECIPE, ["data.images=y"])
 

@@ -120,6 +120,7 @@ class SelfConsistencyConfig:
     wording: str = "full"  # of all questions; brief: for models that were taught it
     understanding: int = 3  # iterations of a cycle in which Proposer and Solver learn; 0: the Generator alone
     generation: int = 2  # iterations after them in which the Generator learns; 0: never
+    imageless: bool = False  # asked about are images that the Generator draws of data.prompts, not data.images
     questions: int = 3  # K that the Proposer writes on an image
     answers: int = 7  # N framings of a question whose answers vote
     token_entropy: bool = True  # false, a control: a question earns its agreement score alone

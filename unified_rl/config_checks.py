@@ -167,8 +167,12 @@ def _check_combinations(config: DictConfig) -> None:
 def _check_self_consistency(config: DictConfig) -> None:
     """Settings of Ask-Solve-Generate."""
     ours = config.self_consistency
-    if not config.data.images:
-        raise ConfigError("no value for data.images; reward.method=self_consistency asks about images")
+    source = "prompts" if ours.imageless else "images"
+    if not config.data[source]:
+        raise ConfigError(
+            f"no value for data.{source}; reward.method=self_consistency asks about images, with "
+            f"self_consistency.imageless={str(ours.imageless).lower()} those of data.{source}"
+        )
     if not ours.understanding + ours.generation:
         raise ConfigError("self_consistency.understanding=0 and self_consistency.generation=0: nothing is left to do")
     if ours.min_pairs > ours.pairs:

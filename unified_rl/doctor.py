@@ -101,10 +101,10 @@ def checkpoint(config: RunConfig) -> Iterator[Finding]:
 
 def data(config: RunConfig) -> Iterator[Finding]:
     """Shards of prompts or images are readable and enough."""
-    from unified_rl.rollout.stage import iteration_inputs
+    from unified_rl.rollout.stage import asks_about_files, iteration_inputs
     from unified_rl.shards import load_prompts
 
-    source = config.data.images if loop_of(config, 0) else config.data.prompts
+    source = config.data.images if asks_about_files(config) else config.data.prompts
     yield Finding("ok", "data", f"{source}: {len(iteration_inputs(config, 0))} for an iteration")
     if config.evaluate.prompts:
         found = len(load_prompts(Path(config.evaluate.prompts)))

@@ -136,6 +136,29 @@ def test_answers_depend_on_their_seed_and_not_on_the_batch(understood, images, t
         assert [q["question"] for q in one.questions] == [q["question"] for q in other.questions]
 
 
+@pytest.mark.parametrize("loop", [UNDERSTANDING, GENERATION])
+def test_without_images_the_generator_draws_what_is_asked_about(images, tmp_path, loop):
+    prompts = prompt_records("train")[:8]
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    info = write_records(folder / "prompts-00000.tar", prompts)
+    write_manifest(folder, Manifest("prompts", 0, [info], "", "", {"prompts": 8}))
+    overrides = [loop, "self_consistency.imageless=true", f"data.prompts={folder}"]
+    made = []
+    for number, workers in enumerate((1, 2)):
+        run = make_run(tmp_path / f"run-{number}", "unread", *overrides)
+        run_workers(rollout, run, workers)
+        run_workers(reward, run, workers)
+        made.append(records(run, "rollout", InquiryRecord if loop == UNDERSTANDING else RolloutRecord))
+    assert [r.key for r in made[0]] == [r.key for r in made[1]]
+    if loop == UNDERSTANDING:
+        assert {r.image_id for r in made[0]} <= {p.prompt_id for p in prompts} and len(made[0]) == 6
+        assert len({r.image.tobytes() for r in made[0]}) == 6
+        assert all((a.image == b.image).all() for a, b in zip(*made, strict=True))
+    else:
+        assert {r.prompt.metadata["image_id"] for r in made[0]} <= {p.prompt_id for p in prompts}
+
+
 def test_the_state_is_carried_to_the_next_understanding_iteration(understood, images, tmp_path, monkeypatch):
     manifest = understood.require_manifest(0, "reward")
     scored = [q for r in records(understood, "reward", InquiryReward) for q in r.questions if not q["skipped"]]

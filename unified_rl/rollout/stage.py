@@ -81,10 +81,15 @@ def rollout(run: Run, iteration: int, ranks: Ranks) -> int:
     return EXIT_OK
 
 
+def asks_about_files(config: RunConfig) -> bool:
+    """Whether iterations are made of `data.images`, not of `data.prompts`."""
+    return config.reward.method == "self_consistency" and not config.self_consistency.imageless
+
+
 def iteration_inputs(config: RunConfig, iteration: int) -> list[PromptRecord] | list[str]:
     """The prompts of an iteration, or the ids of the images that are asked about."""
     count = config.data.prompts_per_iteration
-    if not loop_of(config, iteration):
+    if not asks_about_files(config):
         return iteration_prompts(load_prompts(Path(config.data.prompts)), count, config.seed, iteration)
     keys = [key for _, ids in image_shards(Path(config.data.images)) for key in ids]
     return iteration_keys(keys, count, config.seed, iteration)
@@ -144,23 +149,23 @@ def drawn_batches(
 
 
 def asked_batches(
-    backbone: Backbone, image_ids: list[str], config: RunConfig, iteration: int, version: str
+    backbone: Backbone, inputs: list[PromptRecord] | list[str], config: RunConfig, iteration: int, version: str
 ) -> Iterator[Batch]:
     """Questions about images, and answers."""
     from unified_rl.rollout.inquiry import inquire, skip_counts
 
-    for images in image_batches(image_ids, config):
+    for images in image_batches(backbone, inputs, config, iteration):
         batch = inquire(backbone, images, config, iteration, version)
         yield len(images), batch, {"groups": len(batch), "images": len(batch), **skip_counts(batch)}
 
 
 def task_batches(
-    backbone: Backbone, image_ids: list[str], config: RunConfig, iteration: int, version: str
+    backbone: Backbone, inputs: list[PromptRecord] | list[str], config: RunConfig, iteration: int, version: str
 ) -> Iterator[Batch]:
     """Images of drawing tasks that were made from images; an image without a task has none."""
     from unified_rl.rollout.drawing_tasks import propose_tasks, skip_counts
 
-    for images in image_batches(image_ids, config):
+    for images in image_batches(backbone, inputs, config, iteration):
         attempts = propose_tasks(backbone, images, config, iteration)
         prompts = [attempt.prompt for attempt in attempts if attempt.prompt]
         with backbone.role("generator"):
@@ -170,8 +175,25 @@ def task_batches(
         yield len(images), drawn, counts
 
 
-def image_batches(image_ids: list[str], config: RunConfig) -> Iterator[list[ImageRecord]]:
-    """The images with these ids, as many at a time as prompts are drawn together."""
-    images = load_images(Path(config.data.images), image_ids)
-    for start in range(0, len(image_ids), config.rollout.groups_per_batch):
-        yield [images[key] for key in image_ids[start : start + config.rollout.groups_per_batch]]
+def image_batches(
+    backbone: Backbone, inputs: list[PromptRecord] | list[str], config: RunConfig, iteration: int
+) -> Iterator[list[ImageRecord]]:
+    """The images with these ids, or one that the Generator draws of each of these prompts.
+
+    As many at a time as prompts are drawn together. A drawn image has the id of its prompt.
+    """
+    size = config.rollout.groups_per_batch
+    parts = [inputs[start : start + size] for start in range(0, len(inputs), size)]
+    if asks_about_files(config):
+        images = load_images(Path(config.data.images), inputs)
+        yield from ([images[key] for key in part] for part in parts)
+        return
+
+    def seeds_of(prompt: PromptRecord) -> list[int]:
+        return [sample_seed(config.seed, iteration, f"{prompt.prompt_id}/imageless", 0)]
+
+    sampling = rollout_sampling(backbone.sampling_type, config.rollout)
+    for part in parts:
+        with backbone.role("generator"):
+            (drawn,) = draw_groups(backbone, part, seeds_of, sampling, size, "", config.rollout)
+        yield [ImageRecord(record.prompt.prompt_id, record.image) for record in drawn]
