@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unified_rl import disk
-from unified_rl.config import RunConfig, checkpoint_path, load_run_config, loop_of, resolve
+from unified_rl.config import RunConfig, checkpoint_path, load_run_config, resolve
 from unified_rl.launching import free_port
 from unified_rl.ledger import Run
 from unified_rl.runtime import EXIT_FAILED, EXIT_OK, StageError, run_stage, set_stage
