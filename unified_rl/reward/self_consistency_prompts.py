@@ -27,8 +27,7 @@ FRAMINGS = {
     ),
     # Not those that the small models were taught: a public model has not been taught its framings either.
     "brief": (
-        "", "question: ", "answer: ", "for this picture: ", "think first, then answer: ",
-        "look carefully before you answer. ", "look at the image and answer. ",
+        "", "question: ", "answer: ", "now: ", "for this picture: ", "be exact: ", "study the scene. ",
     ),
 }  # fmt: skip
 
