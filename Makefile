@@ -95,7 +95,7 @@ tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)
 
 tiny-bagel: $(STAMP)  ## train the tiny BAGEL that ships with the package: 30 to 45 minutes on two cores
-	$(PY) -m unified_rl.shapes.train_bagel --out unified_rl/assets/tiny_bagel $(ARGS)
+	$(PY) -m unified_rl.shapes.train_bagel --out unified_rl/assets/tiny_bagel_roles $(ARGS)
 
 slurm-loop: $(STAMP)  ## submit what is left of a run to SLURM: RUN=... RECIPE=... ARGS="key=value ... [--dry-run]"
 	@launch/slurm/submit.sh loop $(RUN_ARGUMENTS) $(RECIPE_ARGUMENTS)
