@@ -17,12 +17,12 @@ from unified_rl.shapes.questions import EASY
 from unified_rl.shapes.tiny_bagel import build_checkpoint
 from unified_rl.shapes.training import Phase
 
-FOLDER = ASSETS / "tiny_bagel"
+FOLDERS = [ASSETS / "tiny_bagel", ASSETS / "tiny_bagel_roles"]
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return BagelBackbone.from_pretrained(FOLDER)
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+def backbone(request):
+    return BagelBackbone.from_pretrained(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,13 @@ def untrained(tmp_path_factory):
     return folder
 
 
-def test_size_precision_and_layout():
-    assert sum(f.stat().st_size for f in FOLDER.iterdir()) <= 12 * 2**20
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_size_precision_and_layout(folder):
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 12 * 2**20
     for name in ("ema.safetensors", "ae.safetensors"):
-        with safe_open(FOLDER / name, "pt") as tensors:
+        with safe_open(folder / name, "pt") as tensors:
             assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float16}  # noqa: SIM118
-    assert (FOLDER / "training.log").stat().st_size > 1000
+    assert (folder / "training.log").stat().st_size > 1000
 
 
 def test_images_are_four_cells_of_the_world(backbone):
@@ -64,6 +65,13 @@ def test_it_is_a_judge_of_scenes_and_of_its_own_drawings(backbone):
         assert values["parsed"] >= 0.99
         assert values["regions"] >= 0.85
         assert values["layout"] >= 0.85
+
+
+def test_the_one_with_roles_proposes():
+    torch.set_num_threads(1)
+    values = measure.proposing(BagelBackbone.from_pretrained(FOLDERS[1]), 7, 100)
+    assert values["questions"] >= 0.95
+    assert values["tasks"] >= 0.75
 
 
 def test_the_autoencoder_loses_nothing(backbone):
