@@ -27,7 +27,8 @@ FRAMINGS = {
     ),
     # Not those that the small models were taught: a public model has not been taught its framings either.
     "brief": (
-        "", "question: ", "answer: ", "now: ", "for this picture: ", "be exact: ", "study the scene. ",
+        "", "question: ", "answer: ", "for this picture: ", "study the scene. ", "answer in one word. ",
+        "look at the image and answer. ",
     ),
 }  # fmt: skip
 
