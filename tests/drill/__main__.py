@@ -121,13 +121,6 @@ def reach(loop: Loop, place: str) -> bool:
     return False
 
 
-def linger(loop: Loop, place: str, seconds: float) -> None:
-    """Let the loop take so many CPU seconds, or leave the place."""
-    start = loop.cpu()
-    while loop.running and loop.place()[0] == place and loop.cpu() < start + seconds:
-        time.sleep(POLL_SECONDS)
-
-
 def strike(field: Field, kind: str, place: str, seconds: dict[str, float]) -> tuple[Struck, str, int] | None:
     """One fault: what it did, and the place and iteration it hit; None when the loop finished before it could."""
     loop = field.loop
@@ -145,7 +138,7 @@ def strike(field: Field, kind: str, place: str, seconds: dict[str, float]) -> tu
         if waits:
             if not reach(loop, place):
                 return None
-            linger(loop, place, field.rng.uniform(0, seconds[place]))
+            loop.let_run(field.rng.uniform(0, seconds[place]), place)
         here = loop.place()
         if not loop.running:
             if loop.process.returncode:

@@ -193,6 +193,13 @@ class Loop:
         """CPU seconds of this start so far: a clock that other work on the machine does not move."""
         return sum(member.cpu for member in self.members())
 
+    def let_run(self, seconds: float, place: str | None = None) -> bool:
+        """Wait until it has taken so many CPU seconds or left the place; whether it still runs."""
+        start = self.cpu()
+        while self.running and place in (None, self.place()[0]) and self.cpu() < start + seconds:
+            time.sleep(POLL_SECONDS)
+        return self.running
+
     def watch(self) -> dict[str, float]:
         """Follow a start to its end; mean CPU seconds of a visit to each place."""
         seconds, visits, last, since = dict.fromkeys(PLACES, 0.0), dict.fromkeys(PLACES, 0), "", 0.0
