@@ -1,6 +1,6 @@
 """Kill -9 of the whole process group at random moments of a loop; the same command again; the same bits at the end.
 
-KILLS=20 pytest tests/test_kill_resume.py -m slow -s   kills one loop after the other; `make drill` has other faults too.
+KILLS=20 pytest tests/test_kill_resume.py -m slow -s   kills one loop after the other. `make drill` knows more faults.
 """
 
 import os

@@ -38,7 +38,11 @@ def snapshot(run: Path) -> Snapshot:
     for path in sorted(run.glob("iter_*/**/*")):
         if not path.is_file():
             continue
-        name, data = str(path.relative_to(run)), path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:  # a temporary file of a loop that is at work
+            continue
+        name = str(path.relative_to(run))
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
             records.update(f"{path.parent.relative_to(run)} step {line['step']}" for line in lines)

@@ -137,7 +137,7 @@ def stop_by(number: signal.Signals) -> Callable[[Field], Struck]:
 
     def stop(field: Field) -> Struck:
         os.kill(field.loop.process.pid, number)
-        struck = ended(field, "loop.sh", (0, EXIT_STOPPED))
+        struck = ended(field, "loop.sh", (0, EXIT_STOPPED, -number))  # killed by it: before its trap was set
         if not struck.complaint and not field.loop.wait_for_orphans(10):
             left = " ".join(field.loop.members()[0].words)[:200]
             field.loop.kill()
