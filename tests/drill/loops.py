@@ -20,6 +20,7 @@ from unified_rl.train.checkpoints import MARKER
 ROOT = Path(__file__).parents[2]
 JUDGE = Path(__file__).with_name("judge")
 ITERATIONS = 2
+ALL_STAGES = [(stage, iteration) for iteration in range(ITERATIONS) for stage in TRAINING_STAGES]
 SHARDS = 4
 SETTINGS = [
     f"iterations={ITERATIONS}",
@@ -159,11 +160,13 @@ class Loop:
 
     def next_stage(self) -> tuple[str, int] | None:
         """The first stage that is not committed; None when all are."""
-        for iteration in range(ITERATIONS):
-            for stage in TRAINING_STAGES:
-                if not (self.folder(stage, iteration) / MANIFEST_NAME).is_file():
-                    return stage, iteration
-        return None
+        done = self.stages_done()
+        return ALL_STAGES[done] if done < len(ALL_STAGES) else None
+
+    def stages_done(self) -> int:
+        """How many stages are committed before the first that is not."""
+        whole = [(self.folder(*stage) / MANIFEST_NAME).is_file() for stage in ALL_STAGES]
+        return [*whole, False].index(False)
 
     def folder(self, stage: str, iteration: int) -> Path:
         """Folder of a stage."""
