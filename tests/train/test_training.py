@@ -254,56 +254,6 @@ def test_activation_checkpointing_and_recomputed_log_probs_give_the_same_update(
     assert distance(weights_of(more_runs["recomputed"]), weights_of(two_ranks)) <= 1e-5
 
 
-@pytest.fixture(scope="module")
-def other_ranks(two_ranks, more_runs, tmp_path_factory):
-    """What two ranks began, continued by one and by three: a whole iteration, and the policy of a finished one."""
-    folder, results = tmp_path_factory.mktemp("elastic"), {}
-    for ranks in (1, 3):
-        run, marked = copy_run(two_ranks, folder / f"{ranks}"), copy_run(more_runs["straight"], folder / f"m{ranks}")
-        (marked.path / "iter_0001/train/manifest.json").unlink()
-        shutil.rmtree(marked.policy_folder(1))
-        damaged = copy_run(two_ranks, folder / f"damaged{ranks}")
-        name = change_a_stored_weight(damaged)
-        *codes, error = train_with(ranks, folder / "codes", *(f"{r.path}:1" for r in (run, marked, damaged)))
-        assert codes == [EXIT_OK, EXIT_OK]
-        assert "holds another state than its marker says" in error and name in error
-        results[ranks] = run, marked
-    return results
-
-
-def change_a_stored_weight(run):
-    """Changes the last number that rank 1 stored; returns the parameter that it belongs to."""
-    folder = folder_of(run, 0)
-    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    content = torch.load(path, weights_only=False)
-    shapes = torch.load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)["param_shapes"]
-    content["optimizer_state_dict"]["fp32_flat_groups"][-1][0] += 1e-3
-    torch.save(content, path)
-    return next(iter(shapes[-1])).replace("__", ".")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_another_number_of_ranks_continues_on_the_same_curve(other_ranks, more_runs, ranks):
-    run, marked = other_ranks[ranks]
-    straight = more_runs["straight"]
-    for row, expected in zip(metrics_of(run, 1), metrics_of(straight, 1), strict=True):
-        for name in ("policy/loss", "kl", "entropy", "reward", "ratio/mean"):
-            assert row[name] == pytest.approx(expected[name], rel=0, abs=1e-6), name
-    assert distance(weights_of(run, 1), weights_of(straight, 1)) <= 1e-6
-    assert run.read_status()["world_size"] == read_checkpoint(run, 1).world_size == ranks
-    assert policy_bytes(marked, 1) == policy_bytes(straight, 1)  # cut anew, not one bit is lost
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_every_frozen_parameter_is_the_same_after_every_resume(other_ranks, two_ranks, ranks):
-    before = read_checkpoint(two_ranks, 0).frozen_sha256
-    assert len(before) > 10 and not before.keys() & read_checkpoint(two_ranks, 0).trained_sha256.keys()
-    for run in other_ranks[ranks]:
-        assert read_checkpoint(run, 1).frozen_sha256 == before
-
-
 def test_lora_trains_the_adapter_only_and_exports_it_for_peft(more_runs, tmp_path):
     from peft import PeftModel
     from transformers import JanusForConditionalGeneration
