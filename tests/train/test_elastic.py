@@ -56,7 +56,7 @@ def change_a_stored_weight(run):
     folder = folder_of(run, 0)
     path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = torch.load(path, weights_only=False)
-    content["optimizer_state_dict"]["fp32_flat_groups"][0][0] += 1e-3
+    content["optimizer_state_dict"]["fp32_flat_groups"][0].data[0] += 1e-3
     torch.save(content, path)
     shapes = torch.load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)["param_shapes"]
     first = next(iter(shapes[0])).replace("__", ".")

@@ -20,6 +20,7 @@ class TrainError(StageError):
     """Training cannot go on; the message says why and what to do."""
 
 
+@torch.no_grad()
 def cut_anew(written: Sequence[dict], sizes: Sequence[Sequence[int]], rank: int, world_size: int) -> dict:
     """The optimizer's checkpoint for `rank` of `world_size`, as DeepSpeed loads it.
 
