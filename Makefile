@@ -4,6 +4,8 @@
 #   DRY_RUN=1  print the commands only       PYTHON     interpreter that .venv is built on
 #   SLURM_SITE settings of the cluster, default launch/slurm/site.env
 #   MODEL, NODES, GPUS                       what `make plan` computes
+#   WORKERS, TRAIN_RANKS                     processes of this start, where they differ from the run's
+#   FAULTS, SEED                             how many faults `make drill` injects, and which
 #   METHOD, BACKBONE, SEEDS, CONTROL_SEEDS   what `make evidence` measures
 #   TORCH_INDEX_URL                          package index for torch, e.g. one with CPU wheels
 
@@ -15,6 +17,8 @@ PYTHON ?= python3
 METHOD ?= gvu
 BACKBONE ?= janus
 SEEDS ?= 3
+FAULTS ?= 200
+SEED ?= 0
 RUN_ARGUMENTS = --run "$(or $(RUN),$(error RUN is not set: add RUN=runs/NAME))"
 RECIPE_ARGUMENTS = $(if $(RECIPE),--recipe "$(RECIPE)") $(ARGS)
 PLAN_ARGUMENTS = --model "$(or $(MODEL),$(error MODEL is not set: add MODEL=janus-pro-1b))" \
@@ -23,10 +27,10 @@ STAGE_ARGUMENTS = $(RUN_ARGUMENTS) --iteration "$(or $(ITERATION),$(error ITERAT
 
 # The launchers use .venv; PYTHON is only for building it.
 unexport PYTHON
-export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL
+export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL WORKERS TRAIN_RANKS
 
 .PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status doctor plan \
-  report clean-run evidence tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
+  report clean-run evidence drill tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -90,6 +94,9 @@ clean-run:  ## delete a run folder: RUN=...
 
 evidence: $(STAMP)  ## measure the learning claim with its controls: METHOD=gvu BACKBONE=janus SEEDS=3
 	@RUN="$(RUN)" launch/evidence.sh $(ARGS)
+
+drill: $(STAMP)  ## hurt real loops at random moments and compare the results bit for bit: FAULTS=200 SEED=0
+	OMP_NUM_THREADS=1 $(PY) -m tests.drill --faults $(FAULTS) --seed $(SEED) --out "$(or $(RUN),runs/drill)" $(ARGS)
 
 tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 30 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)

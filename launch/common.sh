@@ -3,6 +3,8 @@
 # Environment of every launcher:
 #   PYTHON     interpreter; default .venv/bin/python of this checkout (made by `make install`)
 #   DRY_RUN=1  print the exact commands and change nothing
+#   WORKERS, TRAIN_RANKS  processes of this start instead of rollout.workers and reward.workers, train.ranks:
+#              a run goes on with any number of them
 #   STOP_SECONDS  time that a stage gets to end after INT or TERM before it is killed; default 120
 # Exit codes: those of the stage (0 done, 1 failed, 2 wrong arguments, 75 stopped: the same command continues).
 
@@ -89,6 +91,13 @@ config_values() {
   fi
   LAUNCH_ENV+=("OMP_NUM_THREADS=${CONFIG[1]}")
   CONFIG=("${CONFIG[@]:2}")
+}
+
+# processes NAME DEFAULT: how many to start; the variable NAME wins.
+processes() {
+  local count=${!1:-$2}
+  [[ $count =~ ^[1-9][0-9]*$ ]] || fail "$1=$count is no number of processes" 2
+  echo "$count"
 }
 
 has_gpu() {

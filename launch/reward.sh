@@ -15,4 +15,5 @@ parse_arguments "$@"
 require_iteration
 find_python
 config_values reward.workers
-run_workers "${CONFIG[0]}" "$PYTHON" -m unified_rl.reward "${ARGUMENTS[@]}"
+workers=$(processes WORKERS "${CONFIG[0]}")
+run_workers "$workers" "$PYTHON" -m unified_rl.reward "${ARGUMENTS[@]}"

@@ -17,11 +17,12 @@ find_python
 config_values train.ranks
 
 # The launcher drops CUDA_VISIBLE_DEVICES when it is told a number of GPUs: name the visible ones instead.
-gpus=(--num_gpus "${CONFIG[0]}")
+count=$(processes TRAIN_RANKS "${CONFIG[0]}")
+gpus=(--num_gpus "$count")
 if [[ -n ${DS_HOSTFILE:-} ]]; then
   gpus+=(--hostfile "$DS_HOSTFILE")
 elif [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9]+(,[0-9]+)*$ && " ${LAUNCH_ENV[*]} " != *" DS_ACCELERATOR=cpu "* ]]; then
-  gpus=(--include "localhost:$(cut -d, -f "1-${CONFIG[0]}" <<<"$CUDA_VISIBLE_DEVICES")")
+  gpus=(--include "localhost:$(cut -d, -f "1-$count" <<<"$CUDA_VISIBLE_DEVICES")")
 fi
 
 # As a module: the first line of the `deepspeed` script is broken where the path has a space.

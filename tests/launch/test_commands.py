@@ -38,6 +38,17 @@ def test_train_goes_through_the_deepspeed_launcher() -> None:
     ]
 
 
+def test_a_start_may_have_another_number_of_processes_than_the_run() -> None:
+    stage = ("--run", "x", "--iteration", "0", *SHAPES)
+    for launcher in ("rollout", "reward", "evaluate"):
+        commands = dry_run(f"{launcher}.sh", *stage, WORKERS="3")
+        assert len(commands) == 3 and all(" WORLD_SIZE=3 " in command for command in commands)
+    assert " --num_gpus 3 " in dry_run("train.sh", *stage, TRAIN_RANKS="3")[0]
+    for launcher, variable in (("reward", "WORKERS"), ("train", "TRAIN_RANKS")):
+        result = launch(f"{launcher}.sh", *stage, DRY_RUN="1", **{variable: "0"})
+        assert result.returncode == 2 and f"{variable}=0 is no number of processes" in result.stderr
+
+
 def test_train_on_several_machines_and_fixed_port() -> None:
     result = launch(
         "train.sh", "--run", "x", "--iteration", "0", *SHAPES, "train.ranks=8",

@@ -14,7 +14,7 @@ from tests.launch.launching import ROOT
 
 TARGETS = [
     "help", "install", "test", "test-slow", "lint", "format", "demo", "loop", "rollout", "reward", "train", "evaluate",
-    "export", "status", "doctor", "plan", "report", "clean-run", "evidence", "tiny-janus", "tiny-bagel",
+    "export", "status", "doctor", "plan", "report", "clean-run", "evidence", "drill", "tiny-janus", "tiny-bagel",
     "slurm-loop", "slurm-rollout", "slurm-reward", "slurm-train", "slurm-evaluate",
 ]  # fmt: skip
 OURS = ("MODEL", "NODES", "GPUS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RUN", "ARGS", "PYTHON")
@@ -89,6 +89,8 @@ def test_make_alone_prints_the_help() -> None:
          ['.venv/bin/python -m unified_rl.plan --model "my model" --nodes "2" --gpus "4"']),
         (["report", "RUN=r"], ['.venv/bin/python -m unified_rl.report --run "r"']),
         (["export", "RUN=r", "ARGS=--out x"], ['.venv/bin/python -m unified_rl.train.export --run "r"  --out x']),
+        (["drill", "FAULTS=9"],
+         ['OMP_NUM_THREADS=1 .venv/bin/python -m tests.drill --faults 9 --seed 0 --out "runs/drill"']),
         (["test"], ["OMP_NUM_THREADS=1 .venv/bin/python -m pytest"]),
         (["install"], []),
     ],

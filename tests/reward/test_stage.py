@@ -99,6 +99,18 @@ def test_a_lost_shard_is_made_again_and_a_finished_one_is_not(tmp_path, prompts)
     assert (folder / "shard-00002.tar").stat().st_mtime_ns == untouched
 
 
+def test_the_number_of_workers_may_change_in_the_middle_of_a_stage(tmp_path, prompts):
+    run, whole = make_run(tmp_path / "run", prompts), make_run(tmp_path / "whole", prompts)
+    for stage, name in ((rollout, "rollout"), (reward_stage.reward, "reward")):
+        run_workers(stage, whole, 1)
+        assert stage(run, 0, Ranks(1, 1, 2)) == EXIT_OK
+        assert run.manifest(0, name) is None
+        assert stage(run, 0, Ranks(0, 0, 3)) == EXIT_OK
+        assert run.manifest(0, name) is None
+        run_workers(stage, run, 4)
+        assert tars(run, name) == tars(whole, name)
+
+
 def test_log_domain_and_live_judge(tmp_path, prompts):
     run = make_run(tmp_path / "run", prompts, "reward.domain=log", "reward.judge=live")
     run_workers(rollout, run, 1)
@@ -136,6 +148,26 @@ def test_a_failed_score_is_a_state_and_too_many_stop_the_stage(tmp_path, prompts
     manifest = run.require_manifest(0, "reward")
     assert manifest.counts["failed"] == len(manifest.failures) == 6
     assert manifest.extra["reward_mean"] == pytest.approx(math.exp(-1))
+
+
+def test_failures_that_another_worker_brings_just_before_the_commit_stop_the_stage(tmp_path, prompts, monkeypatch):
+    run = make_run(tmp_path / "run", prompts, "reward.max_failed_share=0")
+    run_workers(rollout, run, 1)
+    texts = {r.prompt.text for r in records(run, "rollout", RolloutRecord)}
+    check, checks = reward_stage.check_failures, []
+
+    def check_and_let_the_other_end(*arguments):
+        check(*arguments)
+        checks.append(arguments)
+        if len(checks) == 1:
+            monkeypatch.setattr("unified_rl.reward.judges.gvu_scores", broken_scores(texts))
+            with pytest.raises(reward_stage.RewardError):
+                reward_stage.reward(run, 0, Ranks(1, 1, 2))
+
+    monkeypatch.setattr(reward_stage, "check_failures", check_and_let_the_other_end)
+    with pytest.raises(reward_stage.RewardError, match="have a failed score"):
+        reward_stage.reward(run, 0, Ranks(0, 0, 2))
+    assert run.manifest(0, "reward") is None
 
 
 def test_more_prompts_than_there_are_is_refused(tmp_path):

@@ -30,10 +30,9 @@ from unified_rl.runtime import EXIT_OK, EXIT_STOPPED, sample_seed
 from unified_rl.shards import read_records, write_records
 from unified_rl.train.batching import global_batches
 from unified_rl.train.checkpoints import folder_of, read_checkpoint
-from unified_rl.train.drawing import frozen_sha256
+from unified_rl.train.drawing import different, frozen_sha256
 from unified_rl.train.export import export_checkpoint
 from unified_rl.train.samples import load_iteration
-from unified_rl.train.zero3 import TrainError
 
 pytestmark = pytest.mark.timeout(600)
 VOLATILE = ("time/", "throughput/", "memory/")
@@ -225,9 +224,9 @@ def test_only_the_drawing_path_is_exported_and_nothing_else_moves(two_ranks):
     before = frozen_sha256(backbone.model, backbone.trainable_names("full"))
     backbone.load_policy(two_ranks.policy_folder(0))
     assert frozen_sha256(backbone.model, backbone.trainable_names("full")) == before
-    assert read_checkpoint(two_ranks, 0, 2).frozen_sha256 == before
+    assert read_checkpoint(two_ranks, 0).frozen_sha256 == before
     backbone.model.lm_head.weight.data[0, 0] += 1e-3
-    assert frozen_sha256(backbone.model, backbone.trainable_names("full")) != before
+    assert different(before, frozen_sha256(backbone.model, backbone.trainable_names("full"))) == "lm_head.weight"
 
 
 def test_second_iteration_continues(more_runs):
@@ -243,7 +242,7 @@ def test_interrupted_equals_uninterrupted(more_runs, name):
     assert policy_bytes(more_runs[name], 1) == policy_bytes(more_runs["straight"], 1)
     assert metrics_of(more_runs[name], 1) == metrics_of(more_runs["straight"], 1)
     assert more_runs[name].manifest(1, "train") == more_runs["straight"].manifest(1, "train")
-    assert read_checkpoint(more_runs[name], 1, 2) == read_checkpoint(more_runs["straight"], 1, 2)
+    assert read_checkpoint(more_runs[name], 1) == read_checkpoint(more_runs["straight"], 1)
 
 
 def test_stopped_run_repeats_its_iteration(more_runs, two_ranks):
@@ -253,11 +252,6 @@ def test_stopped_run_repeats_its_iteration(more_runs, two_ranks):
 
 def test_activation_checkpointing_and_recomputed_log_probs_give_the_same_update(more_runs, two_ranks):
     assert distance(weights_of(more_runs["recomputed"]), weights_of(two_ranks)) <= 1e-5
-
-
-def test_another_number_of_ranks_is_refused(more_runs):
-    with pytest.raises(TrainError, match="written by 2 ranks and cannot be continued with 3"):
-        read_checkpoint(more_runs["straight"], 1, 3)
 
 
 def test_lora_trains_the_adapter_only_and_exports_it_for_peft(more_runs, tmp_path):

@@ -64,7 +64,7 @@ def resumed(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> d
         f"{runs['straight'].path}:1", f"{runs['stopped'].path}:1:stop", f"{runs['between'].path}:1:late",
     )  # fmt: skip
     assert codes == [EXIT_OK, EXIT_STOPPED, EXIT_STOPPED]
-    found = [[read_checkpoint(runs[n], 1, 2, r) is not None for r in ROLES] for n in ("stopped", "between")]
+    found = [[read_checkpoint(runs[n], 1, r) is not None for r in ROLES] for n in ("stopped", "between")]
     assert found == [[False, False], [True, False]]
     for name in ("solver", "marked"):
         runs[name] = copy_run(runs["straight"], folder / name)
@@ -101,7 +101,7 @@ def test_each_update_reaches_its_own_adapter_and_nothing_else(runs, family):
     assert {name for name in after if "lora_" not in name} == base.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in base.items())
     for role in ROLES:
-        assert read_checkpoint(run, 0, 2, role).frozen_sha256 == before
+        assert read_checkpoint(run, 0, role).frozen_sha256 == before
         files = sorted(folder_of(run, 0, role).glob("*model_states.pt"))
         stored = [torch.load(file, weights_only=False)["module"] for file in files]
         names = {name for part in stored for name in part}
@@ -178,7 +178,7 @@ def test_metrics_and_manifest(runs, family):
     }  # fmt: skip
     assert manifest.extra["solver_checkpoint"] == "checkpoints/solver/iter_0000"
     assert manifest.extra["proposer_reward_mean"] == pytest.approx(load_data(run, 0, "proposer").reward_mean)
-    stored = read_checkpoint(run, 0, 2, "solver")
+    stored = read_checkpoint(run, 0, "solver")
     assert stored.state["baseline"]["value"] != 0 and stored.role == "solver"
     assert list((run.path / "tensorboard").glob("events*"))
 
@@ -191,8 +191,8 @@ def test_second_iteration_continues_each_role(resumed):
     ]  # fmt: skip
     for role, row in zip(ROLES, (rows[0], rows[2]), strict=True):
         assert row[f"{role}/ratio/initial_max_deviation"] <= 1e-3 and row[f"{role}/kl"] > 1e-9
-        assert row[f"{role}/kl_coefficient"] == read_checkpoint(run, 0, 2, role).state["controller"]["coefficient"]
-    assert rows[2]["solver/baseline"] == read_checkpoint(run, 0, 2, "solver").state["baseline"]["value"]
+        assert row[f"{role}/kl_coefficient"] == read_checkpoint(run, 0, role).state["controller"]["coefficient"]
+    assert rows[2]["solver/baseline"] == read_checkpoint(run, 0, "solver").state["baseline"]["value"]
     version = json.loads((run.path / "iter_0001/train/manifest.json").read_text())["policy_version"]
     assert version == run.current_policy(1)[1] != run.current_policy(2)[1]
 
@@ -204,7 +204,7 @@ def test_interrupted_equals_uninterrupted(resumed, name):
     assert metrics_of(run, 1) == metrics_of(straight, 1)
     assert run.manifest(1, "train") == straight.manifest(1, "train")
     for role in ROLES:
-        assert read_checkpoint(run, 1, 2, role) == read_checkpoint(straight, 1, 2, role)
+        assert read_checkpoint(run, 1, role) == read_checkpoint(straight, 1, role)
 
 
 def test_generator_learns_as_without_roles(random_janus_folder, tmp_path):
@@ -235,7 +235,7 @@ def test_generator_learns_as_without_roles(random_janus_folder, tmp_path):
     assert [{k: v for k, v in row.items() if k != "role"} for row in metrics_of(run)] == metrics_of(plain)
     assert run.manifest(0, "train").counts == plain.manifest(0, "train").counts
     assert run.current_policy(1)[1] != plain.current_policy(1)[1]
-    assert read_checkpoint(run, 0, 1, "generator").role == "generator"
+    assert read_checkpoint(run, 0, "generator").role == "generator"
 
 
 def test_export_names_the_role_where_it_must(runs, tmp_path):

@@ -69,7 +69,7 @@ def reward(run: Run, iteration: int, ranks: Ranks) -> int:
         return EXIT_STOPPED
     check_failures(run, iteration, source)
 
-    extra = partial(manifest_extra, run, iteration)
+    extra = partial(manifest_extra, run, iteration, source)
     manifest = run.commit_if_complete(iteration, STAGE, len(source.shards), source.policy_version, extra)
     if manifest is not None:
         append_timing(run.path, STAGE, iteration, time.monotonic() - started)
@@ -98,8 +98,13 @@ def state_before(run: Run, iteration: int) -> InquiryState:
         ) from None
 
 
-def manifest_extra(run: Run, iteration: int, shards: list[ShardInfo]) -> dict:
-    """The loop of an iteration; after understanding also state and metrics, from its rewards in their order."""
+def manifest_extra(run: Run, iteration: int, source: Manifest, shards: list[ShardInfo]) -> dict:
+    """The loop of an iteration; after understanding also state and metrics, from its rewards in their order.
+
+    Raises:
+        RewardError: see `check_failures`; a worker that ended after the last check may have brought further ones.
+    """
+    check_failures(run, iteration, source)
     loop = loop_of(run.config, iteration)
     if loop != "understanding":
         return {"loop": loop} if loop else {}

@@ -25,7 +25,8 @@ MARKER = "COMPLETE"
 class Checkpoint:
     """Content of the marker: the state after an iteration's training.
 
-    `step` counts optimiser steps of the role over all iterations; `counts` and `reward_mean` (None without a sample)
+    `step` counts optimiser steps of the role over all iterations; `world_size` ranks wrote the files. The digests of
+    every tensor, trained or not, are compared after each resume. `counts` and `reward_mean` (None without a sample)
     are for the train manifest, should the process die before that is written. `state` is what the loss adapts.
     """
 
@@ -33,7 +34,8 @@ class Checkpoint:
     step: int
     world_size: int
     config_hash: str
-    frozen_sha256: str
+    frozen_sha256: dict[str, str]
+    trained_sha256: dict[str, str]
     counts: dict[str, int]
     reward_mean: float | None
     role: str = ""
@@ -45,11 +47,11 @@ def folder_of(run: Run, iteration: int, role: str = "") -> Path:
     return run.path / "checkpoints" / role / iteration_name(iteration)
 
 
-def read_checkpoint(run: Run, iteration: int, world_size: int, role: str = "") -> Checkpoint | None:
+def read_checkpoint(run: Run, iteration: int, role: str = "") -> Checkpoint | None:
     """The marker of a whole checkpoint; None when there is none.
 
     Raises:
-        TrainError: written by another number of ranks or another configuration.
+        TrainError: written with another configuration or by another version.
     """
     path = folder_of(run, iteration, role) / MARKER
     content = read_json(path)
@@ -60,21 +62,16 @@ def read_checkpoint(run: Run, iteration: int, world_size: int, role: str = "") -
     checkpoint = Checkpoint(**content)
     if checkpoint.config_hash != run.config_hash:
         raise TrainError(f"{path} belongs to configuration {checkpoint.config_hash}, this run has {run.config_hash}")
-    if checkpoint.world_size != world_size:
-        raise TrainError(
-            f"{path.parent} was written by {checkpoint.world_size} ranks and cannot be continued with {world_size}: "
-            f"start training with {checkpoint.world_size} ranks (train.ranks, nodes x GPUs)"
-        )
     return checkpoint
 
 
-def require_checkpoint(run: Run, iteration: int, world_size: int, role: str = "") -> Checkpoint:
+def require_checkpoint(run: Run, iteration: int, role: str = "") -> Checkpoint:
     """The checkpoint that the next iteration that trains the role starts from.
 
     Raises:
         TrainError: it is missing.
     """
-    checkpoint = read_checkpoint(run, iteration, world_size, role)
+    checkpoint = read_checkpoint(run, iteration, role)
     if checkpoint is None:
         later = f"the next training of the {role}" if role else f"iteration {iteration + 1}"
         raise TrainError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,20 +80,32 @@ def select_trainable(backbone: Backbone, scope: str, dtype: torch.dtype) -> list
     return names
 
 
-def frozen_sha256(model: nn.Module, trained: Sequence[str]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor that is not trained.
+def frozen_sha256(model: nn.Module, trained: Sequence[str]) -> dict[str, str]:
+    """`tensor_sha256` of every tensor that is not trained."""
+    names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    return tensor_sha256(model, names - set(trained))
+
+
+def tensor_sha256(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """First 16 digits of the SHA-256 over dtype, shape and bytes of tensors, by name.
 
     Works on partitioned weights too, one tensor at a time; all ranks must call it.
     """
-    digest, trained = hashlib.sha256(), set(trained)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in sorted(tensors.keys() - trained):
+    digests = {}
+    for name in sorted(names):
         with gathered([tensors[name]]):
             value = tensors[name].detach().cpu().contiguous()
-            public = name.replace(".base_layer.", ".")  # peft moves the weight that it adapts
-            digest.update(f"{public} {value.dtype} {list(value.shape)}\n".encode())
+            digest = hashlib.sha256(f"{value.dtype} {list(value.shape)}\n".encode())
             digest.update(value.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+            digests[name.replace(".base_layer.", ".")] = digest.hexdigest()[:16]  # peft moves what it adapts
+    return digests
+
+
+def different(expected: dict[str, str], found: dict[str, str]) -> str:
+    """Names of the tensors that differ, the first ones; empty when all are equal."""
+    names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def whole_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ from unified_rl.runtime import (
 from unified_rl.train import checkpoints, roles, zero3
 from unified_rl.train.batching import global_batches, micro_batches_per_rank
 from unified_rl.train.checkpoints import Checkpoint
-from unified_rl.train.drawing import DrawingPath, frozen_sha256, select_trainable
+from unified_rl.train.drawing import DrawingPath, different, frozen_sha256, select_trainable, tensor_sha256
 from unified_rl.train.export import export_policy
 from unified_rl.train.losses import GrpoUpdate, RewardWeightedUpdate, inputs_of, plans_of
 from unified_rl.train.reading import ReadingPath
@@ -83,7 +83,7 @@ class Trainer:
     engine: Zero3Engine
     names: list[str]
     device: torch.device
-    frozen_sha256: str
+    frozen_sha256: dict[str, str]
     state: Checkpoint | None
 
 
@@ -107,7 +107,7 @@ def train_iteration(run: Run, iteration: int, ranks: Ranks) -> int:
     set_cpu_threads(config.backbone.threads)
     enable_determinism()
     # Before any weights are loaded: a missing stage should not cost minutes.
-    jobs = [plan(run, iteration, role, ranks.world_size) for role in roles.roles_of(config, iteration)]
+    jobs = [plan(run, iteration, role) for role in roles.roles_of(config, iteration)]
     stop = StopRequest()
     for job in jobs:
         stopped = train_role(run, iteration, ranks, job, stop)
@@ -136,14 +136,14 @@ def train_role(run: Run, iteration: int, ranks: Ranks, job: Job, stop: StopReque
     return stopped
 
 
-def plan(run: Run, iteration: int, role: str, world_size: int) -> Job:
+def plan(run: Run, iteration: int, role: str) -> Job:
     """What is to be done for a role."""
-    finished = checkpoints.read_checkpoint(run, iteration, world_size, role)
+    finished = checkpoints.read_checkpoint(run, iteration, role)
     after = roles.last_trained(run.config, iteration, role)
     if finished is not None:
         return Job(role, None, after, finished)
     if after >= 0:
-        checkpoints.require_checkpoint(run, after, world_size, role)
+        checkpoints.require_checkpoint(run, after, role)
     return Job(role, roles.load_data(run, iteration, role), after, None)
 
 
@@ -166,7 +166,7 @@ def start(run: Run, role: str, iteration: int, ranks: Ranks) -> Trainer:
     engine = Zero3Engine(path, ds_config, betas, config.train.weight_decay)
     trainer = Trainer(role, backbone, engine, names, backbone.device, frozen, None)
     if iteration >= 0:
-        trainer.state = checkpoints.require_checkpoint(run, iteration, ranks.world_size, role)
+        trainer.state = checkpoints.require_checkpoint(run, iteration, role)
         restore(run, trainer)
     return trainer
 
@@ -182,21 +182,27 @@ def engine_config(config: RunConfig, world_size: int, role: str = "") -> dict:
 
 
 def restore(run: Run, trainer: Trainer) -> None:
-    """Load the checkpoint `trainer.state`.
+    """Load the checkpoint `trainer.state`, whatever number of ranks wrote it.
 
     Raises:
-        TrainError: the frozen weights are not those that it was trained with.
+        TrainError: a frozen weight is not the one that it was trained with, or a trained one not the one that was
+            stored; the message names them.
     """
     state = trainer.state
     folder = checkpoints.folder_of(run, state.iteration, state.role)
-    if state.frozen_sha256 != trainer.frozen_sha256:
+    changed = different(state.frozen_sha256, trainer.frozen_sha256)
+    if changed:
         raise TrainError(
-            f"the frozen weights changed since {folder} was written (sha256 {state.frozen_sha256[:12]}, now "
-            f"{trainer.frozen_sha256[:12]}): restore the base checkpoint {trainer.backbone.path}"
+            f"frozen weights changed since {folder} was written: {changed}; restore the base checkpoint "
+            f"{trainer.backbone.path}"
         )
-    stored = trainer.engine.load(folder)
-    if (stored["iteration"], stored["step"]) != (state.iteration, state.step):
-        raise TrainError(f"{folder} holds another state than its marker says; delete {folder.name} and train it again")
+    stored = trainer.engine.load(folder, state.world_size)
+    changed = different(state.trained_sha256, tensor_sha256(trainer.backbone.model, trainer.names))
+    if changed or (stored["iteration"], stored["step"]) != (state.iteration, state.step):
+        raise TrainError(
+            f"{folder} holds another state than its marker says ({changed or 'its step'}); delete it and its "
+            "iteration's train stage, and train again"
+        )
     torch.set_rng_state(stored["rng"])
     if trainer.device.type == "cuda":
         torch.cuda.set_rng_state(stored["cuda_rng"], trainer.device)
@@ -231,7 +237,8 @@ def optimise(
         adapted = updater.loss.state.to_dict()
     state = Checkpoint(
         iteration, first + len(steps), ranks.world_size, run.config_hash, trainer.frozen_sha256,
-        {**data.counts, "steps": len(steps)}, data.reward_mean, role, adapted,
+        tensor_sha256(trainer.backbone.model, trainer.names), {**data.counts, "steps": len(steps)}, data.reward_mean,
+        role, adapted,
     )  # fmt: skip
     if ranks.rank == 0:
         store_metrics(run, iteration, role, lines)
@@ -286,8 +293,9 @@ def stop_wanted(stop: StopRequest, device: torch.device) -> bool:
 def save(run: Run, state: Checkpoint, ranks: Ranks, trainer: Trainer) -> None:
     """Check that nothing frozen moved, then write the checkpoint and its marker, then drop old ones."""
     frozen = zero3.from_rank_zero(frozen_sha256(trainer.backbone.model, trainer.names))
-    if frozen != trainer.frozen_sha256:
-        raise TrainError("training changed weights that must stay frozen; nothing of this iteration was stored")
+    changed = different(trainer.frozen_sha256, frozen)
+    if changed:
+        raise TrainError(f"training changed {changed}, which must stay frozen; nothing of this iteration was stored")
     if ranks.rank == 0:
         checkpoints.clear_unfinished(run, state.iteration, state.role)
     zero3.barrier()

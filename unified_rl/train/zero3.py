@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import nn
 
 from unified_rl.config import ConfigError
-from unified_rl.runtime import Ranks, StageError
+from unified_rl.runtime import Ranks
+from unified_rl.train.partitions import TrainError, cut_anew
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -36,10 +37,6 @@ INJECTED = (
     "scheduler",
 )
 CLIENT_STATE = "client_state"
-
-
-class TrainError(StageError):
-    """Training cannot go on; the message says why and what to do."""
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------
@@ -227,13 +224,32 @@ class Zero3Engine:
             exclude_frozen_parameters=True,
         )  # fmt: skip
 
-    def load(self, folder: Path) -> dict:
-        """Restore what `save` wrote; returns its `state`."""
+    def load(self, folder: Path, world_size: int) -> dict:
+        """Restore what `save` wrote on `world_size` ranks; returns its `state`."""
+        if world_size != self.world_size:
+            return self._load_cut_anew(folder, world_size)
         # Not strict: frozen weights are not in the checkpoint, they come from the base checkpoint and have a hash.
         path, state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
         if path is None:
             raise TrainError(f"{folder} cannot be loaded; delete it and its iteration's train stage, and train again")
         return state[CLIENT_STATE]
+
+    def _load_cut_anew(self, folder: Path, world_size: int) -> dict:
+        """DeepSpeed gives every rank the partition that it wrote; other ranks need partitions of their own."""
+        names = [f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size)]
+        files = [next(folder.glob(name), None) for name in names]
+        first = next(folder.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt"), None)
+        if None in files or first is None:
+            raise TrainError(f"{folder} lacks files; delete it and its iteration's train stage, and train again")
+        # Mapped: a rank touches the whole of the files, but need not hold it.
+        settings = {"map_location": "cpu", "mmap": True, "weights_only": False}
+        written = [torch.load(file, **settings)["optimizer_state_dict"] for file in files]
+        optimizer, rank = self.engine.optimizer, dist.get_rank()
+        sizes = [[parameter.ds_numel for parameter in group] for group in optimizer.fp16_groups]
+        optimizer.checkpoint_event_prologue()
+        optimizer.load_state_dict({rank: cut_anew(written, sizes, rank, self.world_size)})
+        optimizer.checkpoint_event_epilogue()
+        return torch.load(first, map_location="cpu", weights_only=False)[CLIENT_STATE]
 
     def close(self) -> None:
         """Take the engine's hooks off, so that the module can be dropped; nothing may be called any more."""
