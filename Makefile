@@ -25,7 +25,7 @@ STAGE_ARGUMENTS = $(RUN_ARGUMENTS) --iteration "$(or $(ITERATION),$(error ITERAT
 unexport PYTHON
 export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL
 
-.PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status doctor plan \
+.PHONY: help install test test-slow test-cluster lint format demo loop rollout reward train evaluate export status doctor plan \
   report clean-run evidence tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
 
 help:  ## list the targets
@@ -42,6 +42,9 @@ test: $(STAMP)  ## run the tests that take seconds
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
+
+test-cluster: $(STAMP)  ## the slow tests under SLURM's daemons and on two hosts made of namespaces: root, see CONTRIBUTING.md
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -rs tests/cluster $(ARGS)
 
 lint: $(STAMP)  ## ruff, and shellcheck over the launchers
 	$(PY) -m ruff check .

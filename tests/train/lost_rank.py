@@ -1,4 +1,4 @@
-"""`lost_rank.py OUT`: rank 1 of two falls silent in an operation of a group such as DeepSpeed makes; what rank 0 says."""
+"""`lost_rank.py OUT`: rank 1 of two falls silent in an operation of a group like DeepSpeed's; what rank 0 says."""
 
 import json
 import os

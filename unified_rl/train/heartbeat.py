@@ -91,8 +91,8 @@ class Heartbeat:
         hosts = [text.partition(b" ")[2].decode() or "?" for text in self._told]
         if self._rank in silent:  # not even what this rank told comes back
             return (
-                f"rank {self._rank} on {socket.gethostname()} has lost rank 0 on {hosts[0]} ({self._address[0]}): one of "
-                "the two hosts is cut off from the network, or rank 0 has ended"
+                f"rank {self._rank} on {socket.gethostname()} has lost rank 0 on {hosts[0]} ({self._address[0]}): "
+                "one of the two hosts is cut off from the network, or rank 0 has ended"
             )
         names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in silent)
         return f"{names} cannot be reached: the host is cut off from the network, or the process has ended"

@@ -85,8 +85,8 @@ def init_process_group(ranks: Ranks, device: str, timeout_s: float = 600.0) -> N
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TrainError(
-            f"rank {ranks.rank} did not meet the other {ranks.world_size - 1} ranks at {address} within {timeout_s:.0f} s "
-            f"(train.timeout_s): {str(error).splitlines()[0]}. Were all of them started, and can each host reach the address?"
+            f"rank {ranks.rank} did not meet all {ranks.world_size} ranks at {address} within {timeout_s:.0f} s "
+            f"(train.timeout_s): {str(error).splitlines()[0]}. Were all started, and can each host reach the address?"
         ) from error
     if ranks.world_size > 1:
         _heartbeat = Heartbeat(ranks, timeout_s)
