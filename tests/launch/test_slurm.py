@@ -40,8 +40,8 @@ CASES = [
     ("rollout", "plain", "/runs/x"), ("reward", "plain", "/runs/x"), ("train", "plain", "/runs/x"),
     ("evaluate", "plain", "/runs/x"), ("report", "plain", "/runs/x"), ("train", "full", "/runs/x"),
     ("train", "deepspeed", "/runs/x"), ("train", "torchrun", "/runs/x"), ("rollout", "full", HOSTILE),
-    ("reward", "plain", HOSTILE), ("evaluate", "plain", HOSTILE), ("report", "plain", HOSTILE), ("train", "full", HOSTILE),
-    ("train", "deepspeed", HOSTILE), ("train", "torchrun", HOSTILE),
+    ("reward", "plain", HOSTILE), ("evaluate", "plain", HOSTILE), ("report", "plain", HOSTILE),
+    ("train", "full", HOSTILE), ("train", "deepspeed", HOSTILE), ("train", "torchrun", HOSTILE),
 ]  # fmt: skip
 SHAPES = ("--recipe", "gvu_janus_shapes", "iterations=2", "rollout.workers=2")
 
