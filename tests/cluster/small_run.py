@@ -1,4 +1,4 @@
-"""The real loop, small: eight prompts, four shards, eight optimiser steps; and its processes, caught in mid-stage."""
+"""The real loop, small: eight prompts, eight shards, eight optimiser steps; and its processes, caught in mid-stage."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.cluster.waiting import wait_for
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 OVERRIDES = (
-    "iterations=1", "data.prompts_per_iteration=8", "rollout.group_size=4", "rollout.groups_per_shard=2",
-    "rollout.groups_per_batch=2", "reward.batch_size=8", "train.groups_per_step=1", "train.micro_batch=4",
+    "iterations=1", "data.prompts_per_iteration=8", "rollout.group_size=8", "rollout.groups_per_shard=1",
+    "rollout.groups_per_batch=1", "reward.batch_size=8", "train.groups_per_step=1", "train.micro_batch=4",
     "rollout.workers=2", "reward.workers=2", "train.ranks=1", "evaluate.prompts=''",
 )  # fmt: skip
 

@@ -112,6 +112,7 @@ def test_a_time_limit_strikes_in_the_middle_of_the_rollout(runs: Runs) -> None:
         runs.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=9")
         # SLURM looks at time limits every half a minute.
         wait_for(lambda: all(was_sent(pid, signal.SIGUSR2) for pid in workers), 120, runs.logs)
+        runs.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # or it would strike again
     restarts = [runs.cluster.wait_state(f"{job}_{task}", seconds=600) for task in range(2)]
     assert [fields["JobState"] for fields in restarts] == ["COMPLETED"] * 2, runs.logs()
     assert {fields["Restarts"] for fields in restarts} <= {"0", "1"}
