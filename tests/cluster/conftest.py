@@ -17,6 +17,7 @@ import pytest
 from tests.cluster.waiting import wait_for
 
 DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+RESTART_SECONDS = 5  # the nodes refuse a job that comes back in the second in which it ended
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 CONFIGURATION = """
 ClusterName=test
@@ -75,10 +76,14 @@ class Cluster:
     def wait_state(self, identifier: str, states: tuple[str, ...] = DONE, seconds: float = 300) -> dict[str, str]:
         """Fields of a job once it is in one of the states; a requeued job does not wait for its time to begin."""
         fields: dict[str, str] = {}
+        released = time.monotonic() + RESTART_SECONDS
 
         def reached() -> bool:
+            nonlocal released
             fields.update(self.job(identifier))
-            if (fields["JobState"], fields["Reason"]) == ("PENDING", "BeginTime"):  # two minutes after a requeue
+            if (fields["JobState"], fields["Reason"]) != ("PENDING", "BeginTime"):  # two minutes after a requeue
+                released = time.monotonic() + RESTART_SECONDS
+            elif time.monotonic() > released:
                 self.call("scontrol", "update", f"JobId={identifier}", "StartTime=now")
             return fields["JobState"] in states
 

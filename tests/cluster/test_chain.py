@@ -122,8 +122,11 @@ def test_the_number_of_requeues_is_bounded(submission: Submission) -> None:
     assert "after 1 requeues" in submission.log()
 
 
-def test_a_stage_that_outlasts_its_time_limit_is_requeued_too(submission: Submission) -> None:
-    submission.behave("((${SLURM_RESTART_COUNT:-0})) || { trap '' USR2 TERM; sleep 600; }")
+def test_a_stage_that_stops_only_at_its_time_limit_is_requeued_too(submission: Submission) -> None:
+    submission.behave(
+        "trap '' USR2; trap 'exit 75' TERM\n"
+        "((${SLURM_RESTART_COUNT:-0})) || for ((i = 0; i < 3000; i++)); do sleep .1; done"
+    )
     job = submission.submit("reward", "--iteration", "0", TIME="00:01:00", SIGNAL_SECONDS="1")["reward-0000"]
     for task in range(2):
         fields = submission.cluster.wait_state(f"{job}_{task}", ("COMPLETED", "FAILED", "CANCELLED"))
