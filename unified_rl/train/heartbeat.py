@@ -22,19 +22,14 @@ SILENT_BEATS = 6  # after which a rank is named
 
 
 class Heartbeat:
-    """Signs of life of all ranks, exchanged by a thread of its own; made by all ranks together.
-
-    Args:
-        timeout_s: seconds that an operation may take.
-    """
+    """Signs of life of all ranks, exchanged by a thread; made by all together. An operation may take `timeout_s`."""
 
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self._rank = ranks.rank
         self._seconds = min(BEAT_SECONDS, timeout_s / BEATS)
         self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         # A connection of its own: a call that hangs in a dead network must not hold up the others.
-        limit = timedelta(seconds=timeout_s)
-        self._store = dist.TCPStore(*self._address, is_master=False, timeout=limit, wait_for_workers=False)
+        self._store = dist.TCPStore(*self._address, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
         self._keys = [f"unified_rl/alive/{rank}" for rank in range(ranks.world_size)]
         self._told = [b""] * ranks.world_size
         self._heard = [time.monotonic()] * ranks.world_size
@@ -51,7 +46,7 @@ class Heartbeat:
     def lost(self) -> str:
         """Waits for a sign of life of every rank; who gave none, in words, or nothing."""
         start = time.monotonic()
-        while silent := self._silent_since(start):
+        while (silent := self._silent_since(start)) and not self._ended.is_set():
             if time.monotonic() - start > SILENT_BEATS * self._seconds:
                 return self._describe(silent)
             time.sleep(self._seconds / 2)
@@ -70,10 +65,9 @@ class Heartbeat:
                 told = self._store.multi_get(self._keys)
             except RuntimeError:
                 return
-            now = time.monotonic()
             for rank, text in enumerate(told):
                 if text != self._told[rank]:
-                    self._told[rank], self._heard[rank] = text, now
+                    self._told[rank], self._heard[rank] = text, time.monotonic()
 
     def _watch(self) -> None:
         """Say at once who has fallen silent: the operation that waits for it may take long to fail."""

@@ -108,11 +108,9 @@ def _import_muon_uncompiled() -> None:
 
 def leave_process_group() -> None:
     """Wait for all ranks and part."""
-    global _heartbeat
     dist.barrier()
     if _heartbeat:
         _heartbeat.stop()
-        _heartbeat = None
     dist.destroy_process_group()
 
 
