@@ -29,8 +29,9 @@ STAGE_ARGUMENTS = $(RUN_ARGUMENTS) --iteration "$(or $(ITERATION),$(error ITERAT
 unexport PYTHON
 export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL WORKERS TRAIN_RANKS
 
-.PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status doctor plan \
-  report clean-run evidence drill tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
+.PHONY: help install test test-slow test-cluster lint format demo loop rollout reward train evaluate export status \
+  doctor plan report clean-run evidence drill tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train \
+  slurm-evaluate
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -46,6 +47,9 @@ test: $(STAMP)  ## run the tests that take seconds
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
+
+test-cluster: $(STAMP)  ## the slow tests under SLURM's daemons and on two hosts made of namespaces: root, see CONTRIBUTING.md
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -rs tests/cluster $(ARGS)
 
 lint: $(STAMP)  ## ruff, and shellcheck over the launchers
 	$(PY) -m ruff check .

@@ -196,6 +196,7 @@ class TrainConfig:
     old_log_probs: str = "rollout"  # rollout: as sampled; recomputed: by the trainer before the first step
     activation_checkpointing: bool = False
     keep_checkpoints: int = 2
+    timeout_s: float = 600.0  # seconds that ranks wait for each other, in every operation, before training fails
 
 
 @dataclass

@@ -53,6 +53,7 @@ AT_LEAST = {
     "train.epochs": 1,
     "train.micro_batch": 1,
     "train.keep_checkpoints": 1,
+    "train.timeout_s": 1,
     "policy.steps_per_update": 0,
     "policy.reference_weight": 0,
     "rollout.flow.eta": 0,

@@ -8,12 +8,16 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.waiting import wait_for
+
+DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+RESTART_SECONDS = 5  # the nodes refuse a job that comes back in the second in which it ended
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 CONFIGURATION = """
 ClusterName=test
@@ -39,12 +43,15 @@ MpiDefault=none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
 MinJobAge=600
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_port}-{last_port}] CPUs=4 State=UNKNOWN
-PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP GraceTime=120
+PartitionName=urgent Nodes=n[1-2] PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
@@ -66,12 +73,18 @@ class Cluster:
         words = self.call("scontrol", "--oneliner", "show", "job", identifier).splitlines()[0].split()
         return dict(word.partition("=")[::2] for word in words if "=" in word)
 
-    def wait_state(self, identifier: str, states: tuple[str, ...], seconds: float = 120) -> dict[str, str]:
-        """Fields of a job once it is in one of the states."""
+    def wait_state(self, identifier: str, states: tuple[str, ...] = DONE, seconds: float = 300) -> dict[str, str]:
+        """Fields of a job once it is in one of the states; a requeued job does not wait for its time to begin."""
         fields: dict[str, str] = {}
+        released = time.monotonic() + RESTART_SECONDS
 
         def reached() -> bool:
+            nonlocal released
             fields.update(self.job(identifier))
+            if (fields["JobState"], fields["Reason"]) != ("PENDING", "BeginTime"):  # two minutes after a requeue
+                released = time.monotonic() + RESTART_SECONDS
+            elif time.monotonic() > released:
+                self.call("scontrol", "update", f"JobId={identifier}", "StartTime=now")
             return fields["JobState"] in states
 
         wait_for(reached, seconds, lambda: f"{fields}\n{self.logs()}")
@@ -80,14 +93,6 @@ class Cluster:
     def logs(self) -> str:
         """The last lines of all daemons."""
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, story: Callable[[], str]) -> None:
-    """Return when `condition` holds; fail with `story` when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, story()
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +165,9 @@ def free_port() -> int:
 def ready(cluster: Cluster) -> bool:
     """Whether both nodes take jobs."""
     result = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--format=%N %T"], env=cluster.environment, capture_output=True, text=True
+        ["sinfo", "--noheader", "--partition=main", "--Node", "--format=%N %T"],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
     )
     return result.returncode == 0 and result.stdout.split() == ["n1", "idle", "n2", "idle"]

@@ -55,6 +55,18 @@ def test_train_on_several_machines_and_fixed_port() -> None:
         DRY_RUN="1", DS_HOSTFILE="my hosts", MASTER_PORT="12345",
     )  # fmt: skip
     assert "--num_gpus 8 --hostfile 'my hosts' --master_port 12345 " in result.stdout
+    assert "PDSH_SSH_ARGS_APPEND='-o BatchMode=yes -o ServerAliveInterval=15 '" in result.stdout
+
+
+def test_train_on_several_machines_without_ssh() -> None:
+    arguments = ("train.sh", "--run", "x", "--iteration", "0", *SHAPES)
+    variables = {"DRY_RUN": "1", "DS_HOSTFILE": "hosts", "NODE_RANK": "1", "MASTER_PORT": "12345"}
+    result = launch(*arguments, **variables, MASTER_ADDR="first")
+    expected = "--hostfile hosts --master_addr first --no_ssh --node_rank 1 --master_port 12345 "
+    assert expected in result.stdout
+    result = launch(*arguments, **variables)
+    assert result.returncode == 2
+    assert "NODE_RANK needs MASTER_ADDR and MASTER_PORT" in result.stderr
 
 
 def test_thread_count_comes_from_the_configuration() -> None:

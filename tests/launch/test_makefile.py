@@ -13,9 +13,9 @@ import pytest
 from tests.launch.launching import ROOT
 
 TARGETS = [
-    "help", "install", "test", "test-slow", "lint", "format", "demo", "loop", "rollout", "reward", "train", "evaluate",
-    "export", "status", "doctor", "plan", "report", "clean-run", "evidence", "drill", "tiny-janus", "tiny-bagel",
-    "slurm-loop", "slurm-rollout", "slurm-reward", "slurm-train", "slurm-evaluate",
+    "help", "install", "test", "test-slow", "test-cluster", "lint", "format", "demo", "loop", "rollout", "reward",
+    "train", "evaluate", "export", "status", "doctor", "plan", "report", "clean-run", "evidence", "drill", "tiny-janus",
+    "tiny-bagel", "slurm-loop", "slurm-rollout", "slurm-reward", "slurm-train", "slurm-evaluate",
 ]  # fmt: skip
 OURS = ("MODEL", "NODES", "GPUS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RUN", "ARGS", "PYTHON")
 

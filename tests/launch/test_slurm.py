@@ -40,7 +40,8 @@ CASES = [
     ("rollout", "plain", "/runs/x"), ("reward", "plain", "/runs/x"), ("train", "plain", "/runs/x"),
     ("evaluate", "plain", "/runs/x"), ("report", "plain", "/runs/x"), ("train", "full", "/runs/x"),
     ("train", "deepspeed", "/runs/x"), ("train", "torchrun", "/runs/x"), ("rollout", "full", HOSTILE),
-    ("train", "deepspeed", HOSTILE),
+    ("reward", "plain", HOSTILE), ("evaluate", "plain", HOSTILE), ("report", "plain", HOSTILE),
+    ("train", "full", HOSTILE), ("train", "deepspeed", HOSTILE), ("train", "torchrun", HOSTILE),
 ]  # fmt: skip
 SHAPES = ("--recipe", "gvu_janus_shapes", "iterations=2", "rollout.workers=2")
 
@@ -71,16 +72,19 @@ def test_golden_scripts_are_clean_under_shellcheck() -> None:
 
 
 @pytest.mark.parametrize("run", ["/runs/x", HOSTILE, "/data/two\nlines"])
-def test_values_reach_the_script_as_they_are(run: str, tmp_path: Path) -> None:
-    text = render(Job("train", 3), Path(run), CONFIG, SITES["full"])
+@pytest.mark.parametrize(("stage", "site"), sorted({case[:2] for case in CASES}))
+def test_values_reach_the_script_as_they_are(stage: str, site: str, run: str, tmp_path: Path) -> None:
+    text = render(Job(stage, 3), Path(run), CONFIG, SITES[site])
     head = text[: text.index("fail() {")]
     shown = subprocess.run(
         ["bash", "-c", f'{head}\nprintf "%s\\0" "$RUN" "$DIRECTORY" "$MARK" "${{STEP[@]}}" "${{COMMAND[@]}}"'],
         cwd=tmp_path, capture_output=True, text=True, check=True,
-    ).stdout.split("\0")  # fmt: skip
-    assert shown[:3] == [run, os.getcwd(), f"{run}/iter_0003/train/manifest.json"]
-    assert shown[-9:-1] == ["--nv", "/my images/rl.sif", "/opt/my env/bin/python", "unified_rl.train", "--run", run,
-                            "--iteration", "3"]  # fmt: skip
+    ).stdout.split("\0")[:-1]  # fmt: skip
+    assert shown[:3] == [run, os.getcwd(), f"{run}/iter_0003/train/manifest.json" if stage == "train" else ""]
+    module = f"unified_rl.{'evaluation' if stage == 'evaluate' else stage}"
+    command = [SITES[site].python, module, "--run", run, *([] if stage == "report" else ["--iteration", "3"])]
+    assert shown[-len(command) :] == command
+    assert site != "full" or shown[-len(command) - 2 : -len(command)] == ["--nv", "/my images/rl.sif"]
     assert list(tmp_path.iterdir()) == []
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
@@ -162,6 +166,7 @@ def test_no_gpus_on_request() -> None:
 # Submission
 
 FAKE = r"""#!/bin/bash
+[[ "$*" != "--oneliner show job"* ]] || { echo "JobId=41 JobName=x ${STATE:-} Requeue=1"; exit; }
 { printf '%s' "${0##*/}"; printf ' <%s>' "$@"; echo; } >>"$RECORD"
 case ${0##*/} in
   sbatch) n=$(grep -c ^sbatch "$RECORD"); [[ $n != "${REFUSE:-}" ]] || exit 1; echo "$((100 + n));cluster" ;;
@@ -350,6 +355,21 @@ def test_requeues_are_bounded(tmp_path: Path, cluster: dict[str, str]) -> None:
     assert process.returncode == 75
     assert "stopped on request after 2 requeues" in output
     assert record(cluster) == ["started RANK=3"]
+
+
+@pytest.mark.parametrize(
+    ("state", "requeues"),
+    [("RUNNING Reason=None", True), ("COMPLETING Reason=TimeLimit", True), ("COMPLETING Reason=None", False)],
+)
+def test_a_cancelled_job_does_not_come_back(
+    state: str, requeues: bool, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    stage = STAGE.format(code=75, tenths=0, end=75)
+    process = batch(tmp_path, cluster, stage, Job("train", 0), STATE=f"JobState={state}")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert ("scontrol <requeue> <41>" in record(cluster)) == requeues
+    assert ("cancelled, or already back in the queue" in output) != requeues
 
 
 def test_training_that_ends_well_without_its_mark_has_failed(tmp_path: Path, cluster: dict[str, str]) -> None:

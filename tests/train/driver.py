@@ -45,7 +45,6 @@ if __name__ == "__main__":
     out, *scenarios = sys.argv[1:]
     zero3.init_process_group(current_ranks(), "cpu")
     # The group is joined once for all scenarios.
-    zero3.init_process_group = lambda ranks, device: None
     leave, zero3.leave_process_group = zero3.leave_process_group, zero3.barrier
     results = [play(scenario) for scenario in scenarios]
     leave()

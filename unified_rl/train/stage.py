@@ -66,7 +66,7 @@ def train(run: Run, iteration: int, ranks: Ranks) -> int:
         if ranks.rank == 0:
             log(f"iteration {iteration} is already committed")
         return EXIT_OK
-    with run.lock(STAGE) if ranks.rank == 0 else nullcontext():
+    with run.lock(STAGE) if ranks.rank == 0 else nullcontext(), zero3.lost_ranks_named():
         started = time.monotonic()
         code = train_iteration(run, iteration, ranks)
         if code == EXIT_OK and ranks.rank == 0:
@@ -153,7 +153,7 @@ def start(run: Run, role: str, iteration: int, ranks: Ranks) -> Trainer:
     dtype = getattr(torch, config.backbone.dtype)
     on_gpu = config.backbone.device == "cuda" or (config.backbone.device == "auto" and torch.cuda.is_available())
     ds_config = engine_config(config, ranks.world_size, role)
-    zero3.init_process_group(ranks, "cuda" if on_gpu else "cpu")
+    zero3.init_process_group(ranks, "cuda" if on_gpu else "cpu", config.train.timeout_s)
     backbone = load_backbone(config.backbone, ranks.local_rank, ds_config=ds_config)
     if config.train.scope == "lora":
         backbone.add_lora(config.train.lora.rank, config.train.lora.alpha, role)
@@ -306,7 +306,8 @@ def save(run: Run, state: Checkpoint, ranks: Ranks, trainer: Trainer) -> None:
     }
     folder = checkpoints.folder_of(run, state.iteration, state.role)
     try:
-        trainer.engine.save(folder, {"iteration": state.iteration, "step": state.step, **rng})
+        with zero3.lost_ranks_named():
+            trainer.engine.save(folder, {"iteration": state.iteration, "step": state.step, **rng})
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
         raise TrainError(
             f"{folder} could not be written: {str(error).splitlines()[0]}. Make room or correct the permissions, then "

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from unified_rl.config import ConfigError
 from unified_rl.runtime import Ranks
+from unified_rl.train.heartbeat import Heartbeat
 from unified_rl.train.partitions import TrainError, cut_anew
 
 if TYPE_CHECKING:
@@ -37,17 +39,24 @@ INJECTED = (
     "scheduler",
 )
 CLIENT_STATE = "client_state"
+_heartbeat: Heartbeat | None = None
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
-def init_process_group(ranks: Ranks, device: str) -> None:
-    """Join the ranks: NCCL on GPUs, gloo on CPUs.
+def init_process_group(ranks: Ranks, device: str, timeout_s: float = 600.0) -> None:
+    """Join the ranks: NCCL on GPUs, gloo on CPUs; once they are joined, do nothing.
+
+    Args:
+        timeout_s: seconds that the meeting, and later each operation of all ranks, may take.
 
     Raises:
-        TrainError: several ranks and no address to meet at.
+        TrainError: several ranks and no address to meet at, or not all of them came.
     """
+    global _heartbeat
+    if dist.is_initialized():
+        return
     if ranks.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise TrainError("MASTER_ADDR and MASTER_PORT are not set: start several ranks with launch/train.sh")
     os.environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size))
@@ -65,7 +74,19 @@ def init_process_group(ranks: Ranks, device: str) -> None:
     if not on_gpu:
         # A C++ extension for collectives in shared memory, compiled at the first start; gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    limit = timedelta(seconds=timeout_s)
+    # DeepSpeed makes groups of its own, whose time-out is not that of the first one but torch's default.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = limit
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=limit)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TrainError(
+            f"rank {ranks.rank} did not meet all {ranks.world_size} ranks at {address} within {timeout_s:.0f} s "
+            f"(train.timeout_s): {str(error).splitlines()[0]}. Were all started, and can each host reach the address?"
+        ) from error
+    if ranks.world_size > 1:
+        _heartbeat = Heartbeat(ranks, timeout_s)
 
 
 def _import_muon_uncompiled() -> None:
@@ -85,7 +106,24 @@ def _import_muon_uncompiled() -> None:
 def leave_process_group() -> None:
     """Wait for all ranks and part."""
     dist.barrier()
+    if _heartbeat:
+        _heartbeat.stop()
     dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """An operation that fails because ranks are lost ends with a `TrainError` that names them."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no error of its own
+        lost = _heartbeat.lost() if _heartbeat else ""
+        if not lost:
+            raise
+        raise TrainError(
+            f"{lost}. Nothing that is committed is lost: when all hosts are back, the same command goes on "
+            f"(train.timeout_s; {str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 def barrier() -> None:
