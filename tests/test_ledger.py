@@ -20,6 +20,7 @@ from unified_rl.manifests import (
     read_manifest,
     write_manifest,
 )
+from unified_rl.shards import write_shard
 
 DIGEST = "ab" * 32
 
@@ -189,6 +190,15 @@ def test_temporaries_of_killed_writers_are_removed(run):
     (folder / ".manifest.json.123.tmp").write_bytes(b"half")
     run.commit(example(run))
     assert os.listdir(folder) == ["manifest.json"]
+
+
+def test_work_of_marking_shards_grows_with_their_number_not_with_its_square(run, monkeypatch):
+    listed, real = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda *where: listed.append(where) or real(*where))
+    folder = run.stage_folder(0, "rollout")
+    for index in range(50):
+        run.mark_shard(0, "rollout", index, write_shard(folder / f"shard-{index:05d}.tar", [("k", {"json": b"1"})]), {})
+    assert len(listed) <= 1
 
 
 def test_a_writer_that_lost_its_temporary_tries_again(tmp_path, monkeypatch):

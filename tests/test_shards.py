@@ -16,7 +16,7 @@ import webdataset
 
 from unified_rl import shards
 from unified_rl.files import sha256_file
-from unified_rl.manifests import Manifest, ShardInfo, write_manifest
+from unified_rl.manifests import Manifest, ShardInfo, temporaries_in, write_manifest
 from unified_rl.record_parts import RecordError
 from unified_rl.records import PromptRecord, RewardRecord, RolloutRecord
 from unified_rl.shards import (
@@ -199,6 +199,7 @@ def test_second_writer_wins_and_the_first_says_so(tmp_path):
         yield SAMPLES[0]
         # As another process would: same shard, other temporary name.
         os.rename(next(tmp_path.glob(f".{NAME}.*.tmp")), tmp_path / f".{NAME}.1.tmp")
+        temporaries_in.cache_clear()
         inner.append(write_shard(tmp_path / NAME, SAMPLES[1:]))
 
     with pytest.raises(ShardError, match="another process is writing this shard"):

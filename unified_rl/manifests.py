@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from unified_rl.files import atomic_write_bytes
@@ -23,6 +25,7 @@ REMOVED = "shards_removed"  # in `extra`
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_TEMPORARY = re.compile(r"\.(.+)\.[^.]+\.tmp")
 
 
 class LedgerError(StageError):
@@ -62,10 +65,25 @@ class Manifest:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Delete what killed writers of `path` left behind (`.NAME.*.tmp`)."""
+    """Delete what writers of `path` that were killed before this process came left behind (`.NAME.*.tmp`).
+
+    A folder is listed once a process: at every write, the work would grow with the square of the files in it.
+    """
     path = Path(path)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+    for stale in temporaries_in(path.parent).pop(path.name, ()):
         stale.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1024)
+def temporaries_in(folder: Path) -> dict[str, list[Path]]:
+    """Unfinished files in a folder when it was first asked for, by the name that they were meant to get."""
+    found: dict[str, list[Path]] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = _TEMPORARY.fullmatch(entry.name)
+            if name:
+                found.setdefault(name[1], []).append(folder / entry.name)
+    return found
 
 
 def store(path: Path, data: bytes) -> None:

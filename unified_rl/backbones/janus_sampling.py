@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, JanusForConditionalGeneration, StaticCache
+from transformers import Cache, DynamicCache, JanusForConditionalGeneration
+from transformers.cache_utils import DynamicLayer
 
 from unified_rl.backbones.base import (
     BackboneError,
@@ -19,18 +20,53 @@ from unified_rl.backbones.base import (
     uniform_streams,
 )
 
+BLOCK = 64  # columns by which what a step attends to grows
+
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
     """int64 [B, T] position of every token of a left-padded batch; padding gets 0."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, T, size] of a layer, with room for more behind them that is filled in place.
+
+    A growing cache copies everything at every step. transformers' static one attends to all of its room from the first
+    step on, which for an image is twice the attention.
+
+    Args:
+        block: attended to are the columns in use, up to the next multiple of this; a mask has to hide the surplus.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int, block: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.length, self.block = keys.shape[2], block
+        self.keys, self.values = (F.pad(states, (0, 0, 0, room)) for states in (keys, values))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [B, heads, L, size] each; returns what is attended to."""
+        end = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = key_states, value_states
+        self.length = end
+        shown = -(-end // self.block) * self.block
+        return self.keys[:, :, :shown], self.values[:, :, :shown]
+
+    def get_seq_length(self) -> int:
+        """Columns in use."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that a mask made by transformers has to have, and their offset."""
+        return self.length + query_length, 0
+
+
 class PrefixDecoder:
     """A language model after a prompt, ready for one token at a time.
 
-    The prompt is run once; its keys and values are then copied, once for every row that continues it, into a static
-    cache. On a GPU that keeps every step's tensors at the same address and size; on a CPU it is several times
-    faster than a growing cache, which copies all keys and values at every step.
+    The prompt is run once; its keys and values are then copied once for every row that continues it.
 
     Args:
         language_model: of the Janus.
@@ -70,13 +106,14 @@ class PrefixDecoder:
         seen = mask[stored].bool() & (rows >= 0)[:, None]
         self.hidden = hidden[stored]
         self.position = seen.sum(1, keepdim=True) - 1
-        self.cache = StaticCache(config=language_model.config, max_cache_len=self.length + new_tokens)
-        for index, layer in enumerate(prompt.layers):
-            self.cache.update(layer.keys[stored], layer.values[stored], index)
-        # Tokens that may be seen, bool [B, T + new_tokens]; grows with every step.
-        self.visible = F.pad(seen, (0, new_tokens))
         # A ready-made [B, 1, L, K] mask spares transformers building one at every step, but only sdpa takes it.
         self.ready_made = language_model.config._attn_implementation == "sdpa"
+        self.block = BLOCK if self.ready_made else 1
+        self.cache = Cache(
+            layers=[RoomyLayer(x.keys[stored], x.values[stored], new_tokens, self.block) for x in prompt.layers]
+        )
+        # Tokens that may be seen, bool [B, T + new_tokens]; grows with every step.
+        self.visible = F.pad(seen, (0, new_tokens))
 
     def step(self, embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Append L tokens per row; returns the last layer's output after each, [B, L, D].
@@ -103,12 +140,13 @@ class PrefixDecoder:
 
     def _seen(self, count: int) -> torch.Tensor:
         """bool [B, 1, count, K], what each of the newest tokens sees."""
+        visible = self.visible[:, None, None, : -(-self.length // self.block) * self.block]
         if count == 1:
-            return self.visible[:, None, None]
-        columns = torch.arange(self.visible.shape[1], device=self.visible.device)
+            return visible
+        columns = torch.arange(visible.shape[-1], device=visible.device)
         own = torch.arange(self.length - count, self.length, device=columns.device)[:, None]
         # A padded token sees itself: a row of nothing but padding would have no softmax.
-        return (self.visible[:, None, None] & (columns <= own)) | (columns == own)
+        return (visible & (columns <= own)) | (columns == own)
 
 
 def guided(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
