@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
-MAX_PACKAGE_LINES = 20_500
+MAX_PACKAGE_LINES = 21_000
 
 FOUNDATION = {
     "__init__", "config", "config_checks", "files", "inquiries", "ledger", "manifests", "record_parts", "records",
