@@ -10,15 +10,16 @@ import pytest
 
 from tests.drill.__main__ import undisturbed
 from tests.drill.comparison import snapshot
-from tests.drill.loops import ITERATIONS, Loop
+from tests.drill.loops import ASK_SOLVE_GENERATE, GVU, ITERATIONS, Loop
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_and_restarted_loop_ends_with_the_same_bits(tmp_path):
-    whole, seconds = undisturbed(tmp_path)
+@pytest.mark.parametrize(("method", "policies"), [(GVU, 2), (ASK_SOLVE_GENERATE, 5)], ids=["gvu", "ask_solve_generate"])
+def test_killed_and_restarted_loop_ends_with_the_same_bits(tmp_path, method, policies):
+    whole, seconds = undisturbed(tmp_path, method)
     rng = random.Random(int(os.environ.get("KILL_SEED", "0")))
-    loops = [Loop(tmp_path / "killed-0", tmp_path / "prompts", tmp_path / "killed-0.log")]
+    loops = [Loop(tmp_path / "killed-0", tmp_path / "prompts", tmp_path / "killed-0.log", method)]
     kills = 0
     while kills < int(os.environ.get("KILLS", "3")):
         loop = loops[-1]
@@ -31,8 +32,8 @@ def test_killed_and_restarted_loop_ends_with_the_same_bits(tmp_path):
         assert loop.process.returncode == 0, loop.said()
         assert snapshot(loop.run).differences(whole) == []
         name = f"killed-{len(loops)}"  # finished before the kill: another run, so that every kill counts
-        loops.append(Loop(tmp_path / name, tmp_path / "prompts", tmp_path / f"{name}.log"))
+        loops.append(Loop(tmp_path / name, tmp_path / "prompts", tmp_path / f"{name}.log", method))
     loops[-1].start()
     assert loops[-1].end() == 0, loops[-1].said()
     assert snapshot(loops[-1].run).differences(whole) == []
-    assert len(list((tmp_path / "whole").glob("iter_*/policy/*.safetensors"))) == ITERATIONS
+    assert len(list((tmp_path / "whole").glob("iter_*/policy/**/*.safetensors"))) == policies

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from tests.drill.comparison import VERDICTS, Snapshot, committed, snapshot
 from tests.drill.faults import KINDS, NEEDS_WORKER, WITHOUT_START, Field, Missed, Struck, small_disk
-from tests.drill.loops import BETWEEN, COMMIT, ENVIRONMENT, PLACES, POLL_SECONDS, ROOT, Loop
+from tests.drill.loops import BETWEEN, COMMIT, ENVIRONMENT, GVU, PLACES, POLL_SECONDS, ROOT, Loop
 from unified_rl.launching import TRAINING_STAGES
 from unified_rl.runtime import EXIT_FAILED, EXIT_OK, format_seconds
 
@@ -62,7 +62,7 @@ class LoopBroke(Exception):
     """The loop ended by itself with an error that nothing explains."""
 
 
-def undisturbed(out: Path) -> tuple[Snapshot, dict[str, float]]:
+def undisturbed(out: Path, method: Sequence[str] = GVU) -> tuple[Snapshot, dict[str, float]]:
     """The undisturbed run, made once, and the mean CPU seconds of a visit to each place."""
     prompts, times = out / "prompts", out / "places.json"
     if not prompts.is_dir():
@@ -72,7 +72,7 @@ def undisturbed(out: Path) -> tuple[Snapshot, dict[str, float]]:
     if not times.is_file():
         print("the undisturbed loop", flush=True)
         shutil.rmtree(run, ignore_errors=True)
-        loop = Loop(run, prompts, out / "whole.log")
+        loop = Loop(run, prompts, out / "whole.log", method)
         loop.start()
         try:
             seconds = loop.watch()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,12 @@ SETTINGS = [
     "train.micro_batch=8",
     "evaluate.prompts=''",
 ]
+GVU = ("gvu_janus_shapes",)
+# An iteration of each loop, about pictures that the Generator draws of the prompts.
+ASK_SOLVE_GENERATE = (
+    "self_consistency_janus_shapes", "self_consistency.imageless=true", "self_consistency.understanding=1",
+    "self_consistency.generation=1", "self_consistency.solver_groups_per_step=2",
+)  # fmt: skip
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DRY_RUN")},
     "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
@@ -88,11 +94,13 @@ class Loop:
         run: Run folder.
         prompts: Prompt shards.
         log: Grows by what every start prints.
+        method: Recipe, and what else distinguishes it from the drill's loop.
     """
 
-    def __init__(self, run: Path, prompts: Path, log: Path) -> None:
+    def __init__(self, run: Path, prompts: Path, log: Path, method: Sequence[str] = GVU) -> None:
         self.run, self.log = run, log
-        self.settings = ["--run", str(run), "--recipe", "gvu_janus_shapes", f"data.prompts={prompts}", *SETTINGS]
+        recipe, *overrides = method
+        self.settings = ["--run", str(run), "--recipe", recipe, f"data.prompts={prompts}", *SETTINGS, *overrides]
         self.process: subprocess.Popen[bytes] | None = None
         self._said = 0  # bytes of the log before this start
         self._started = 0.0
