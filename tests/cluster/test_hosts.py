@@ -23,7 +23,7 @@ from tests.cluster.small_run import (
     status_of,
 )
 from tests.cluster.waiting import wait_for
-from tests.test_kill_resume import fingerprint
+from tests.drill.comparison import snapshot
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 TIMEOUT = 40
@@ -50,7 +50,7 @@ class Training:
         for stage in ("rollout", "reward"):
             command = ["bash", str(ROOT / f"launch/{stage}.sh"), "--iteration", "0", *self.arguments(self.scored)]
             subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
-        self.whole = fingerprint(self.train_by_hand())
+        self.whole = snapshot(self.train_by_hand()).files
 
     def arguments(self, run: Path) -> list[str]:
         return arguments(run, self.prompts, f"train.timeout_s={TIMEOUT}")
@@ -95,7 +95,7 @@ def test_a_stop_reaches_both_hosts_and_the_same_command_goes_on(training: Traini
     wait_for(lambda: not processes_of(run, "train"), 60, training.log(run).read_text)
     assert not (run / "iter_0000/train/manifest.json").exists()
     assert training.train_over_ssh(run).wait(300) == 0, training.log(run).read_text()
-    assert fingerprint(run) == training.whole
+    assert snapshot(run).files == training.whole
 
 
 def test_a_host_that_is_cut_off_is_named_and_the_same_command_goes_on(training: Training) -> None:
@@ -115,4 +115,4 @@ def test_a_host_that_is_cut_off_is_named_and_the_same_command_goes_on(training: 
     assert "blocked: train: process" in status_of(run)
     assert "failed: unified_rl.train.zero3.TrainError: rank 1 on host-2 cannot be reached" in status_of(run)
     assert training.train_over_ssh(run).wait(300) == 0, training.log(run).read_text()
-    assert fingerprint(run) == training.whole
+    assert snapshot(run).files == training.whole

@@ -20,7 +20,7 @@ from tests.cluster.small_run import (
     was_sent,
 )
 from tests.cluster.waiting import wait_for
-from tests.test_kill_resume import fingerprint
+from tests.drill.comparison import snapshot
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 # The nodes n1 and n2 are names of SLURM only.
@@ -35,7 +35,7 @@ class Runs:
         self.prompts = pack_prompts(folder / "prompts")
         self.whole = folder / "a whole run's"
         self.finish(self.submit(self.whole, "loop"))
-        self.bits = fingerprint(self.whole)
+        self.bits = snapshot(self.whole).files
 
     def submit(self, run: Path, what: str, **site: str) -> dict[str, str]:
         """Job ids by name, of the loop or of a stage of iteration 0."""
@@ -78,7 +78,7 @@ def test_one_iteration_on_two_nodes_ends_with_a_report(runs: Runs) -> None:
 def test_other_launchers_train_the_same_bits(launcher: str, runs: Runs) -> None:
     run = runs.copy(launcher, "rollout", "reward")
     runs.finish(runs.submit(run, "train", TRAIN_LAUNCHER=launcher))
-    assert fingerprint(run) == runs.bits
+    assert snapshot(run).files == runs.bits
 
 
 def test_requeued_in_the_middle_of_training(runs: Runs) -> None:
@@ -89,7 +89,7 @@ def test_requeued_in_the_middle_of_training(runs: Runs) -> None:
     runs.cluster.wait_state(jobs["train-0000"], ("PENDING",))
     runs.finish(jobs)
     assert runs.cluster.job(jobs["train-0000"])["Restarts"] == "1"
-    assert fingerprint(run) == runs.bits
+    assert snapshot(run).files == runs.bits
 
 
 def test_cancelled_in_the_middle_of_the_reward(runs: Runs) -> None:
@@ -101,7 +101,7 @@ def test_cancelled_in_the_middle_of_the_reward(runs: Runs) -> None:
         assert runs.cluster.wait_state(job)["JobState"] == "CANCELLED"
     assert not (run / "iter_0000" / "reward" / "manifest.json").exists()
     runs.finish(runs.submit(run, "loop"))
-    assert fingerprint(run) == runs.bits
+    assert snapshot(run).files == runs.bits
 
 
 def test_a_time_limit_strikes_in_the_middle_of_the_rollout(runs: Runs) -> None:
@@ -118,7 +118,7 @@ def test_a_time_limit_strikes_in_the_middle_of_the_rollout(runs: Runs) -> None:
     assert {fields["Restarts"] for fields in restarts} <= {"0", "1"}
     assert "stopped on request before shard" in "".join(p.read_text() for p in (run / "slurm/logs").glob("*.out"))
     assert {path: path.stat().st_mtime_ns for path in drawn} == drawn, "what was drawn before is not drawn again"
-    assert fingerprint(run) == {name: bits for name, bits in runs.bits.items() if "/rollout/" in name}
+    assert snapshot(run).files == {name: bits for name, bits in runs.bits.items() if "/rollout/" in name}
 
 
 def test_preempted_in_the_middle_of_training(runs: Runs) -> None:
@@ -133,7 +133,7 @@ def test_preempted_in_the_middle_of_training(runs: Runs) -> None:
     runs.finish(jobs)
     assert runs.cluster.job(jobs["train-0000"])["Restarts"] == "1"
     assert "TERM received: stopping" in "".join(p.read_text() for p in (run / "slurm/logs").glob("*.out"))
-    assert fingerprint(run) == runs.bits
+    assert snapshot(run).files == runs.bits
 
 
 def test_a_failure_ends_the_chain_and_status_says_why(runs: Runs) -> None:
