@@ -11,14 +11,14 @@ import torch.distributed as dist
 from unified_rl.runtime import current_ranks
 from unified_rl.train import zero3
 
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 
 if __name__ == "__main__":
     ranks = current_ranks()
     zero3.init_process_group(ranks, "cpu", TIMEOUT)
     group = dist.new_group(range(2))
     dist.barrier(group)
-    time.sleep(2)  # a few signs of life
+    time.sleep(4)  # a few signs of life
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     start = time.monotonic()

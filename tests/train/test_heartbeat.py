@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.train.conftest import environment, free_port
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = Path(__file__).parent / "lost_rank.py"
 
 
@@ -21,7 +24,7 @@ def test_a_silent_rank_is_named_within_the_timeout(tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        _, log = ranks[0].communicate(timeout=120)
+        _, log = ranks[0].communicate(timeout=300)
     finally:
         for process in ranks:
             process.kill()
@@ -30,8 +33,8 @@ def test_a_silent_rank_is_named_within_the_timeout(tmp_path):
     named = f"rank 1 on {socket.gethostname()} cannot be reached"
     assert named in message
     assert "the same command goes on" in message
-    assert seconds < 10 + 5
-    assert f"no sign of life for 3 s: {named}" in log, "the log says so before the operation fails"
+    assert seconds < 30 + 15
+    assert f"no sign of life for 9 s: {named}" in log, "the log says so before the operation fails"
 
 
 def test_ranks_that_do_not_meet_are_told_where(tmp_path):
