@@ -26,7 +26,7 @@ unexport PYTHON
 export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL
 
 .PHONY: help install test test-slow lint format demo loop rollout reward train evaluate export status doctor plan \
-  report clean-run evidence tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
+  report clean-run evidence bench bench-gpu tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train slurm-evaluate
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -90,6 +90,12 @@ clean-run:  ## delete a run folder: RUN=...
 
 evidence: $(STAMP)  ## measure the learning claim with its controls: METHOD=gvu BACKBONE=janus SEEDS=3
 	@RUN="$(RUN)" launch/evidence.sh $(ARGS)
+
+bench: $(STAMP)  ## measure speed against what people use: two idle CPU cores, 20 minutes
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks $(ARGS)
+
+bench-gpu: $(STAMP)  ## the same on a GPU, at public sizes (ARGS=--smoke tries the scripts without one)
+	$(PY) -m benchmarks --gpu $(ARGS)
 
 tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 30 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)
