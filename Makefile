@@ -30,8 +30,8 @@ unexport PYTHON
 export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL WORKERS TRAIN_RANKS
 
 .PHONY: help install test test-slow test-cluster lint format demo loop rollout reward train evaluate export status \
-  doctor plan report clean-run evidence drill tiny-janus tiny-bagel slurm-loop slurm-rollout slurm-reward slurm-train \
-  slurm-evaluate
+  doctor plan report clean-run evidence drill bench bench-gpu tiny-janus tiny-bagel slurm-loop slurm-rollout \
+  slurm-reward slurm-train slurm-evaluate
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -101,6 +101,12 @@ evidence: $(STAMP)  ## measure the learning claim with its controls: METHOD=gvu 
 
 drill: $(STAMP)  ## hurt real loops at random moments and compare the results bit for bit: FAULTS=200 SEED=0
 	OMP_NUM_THREADS=1 $(PY) -m tests.drill --faults $(FAULTS) --seed $(SEED) --out "$(or $(RUN),runs/drill)" $(ARGS)
+
+bench: $(STAMP)  ## measure speed against what people use: two idle CPU cores, 20 minutes
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks $(ARGS)
+
+bench-gpu: $(STAMP)  ## the same on a GPU, at public sizes (ARGS=--smoke tries the scripts without one)
+	$(PY) -m benchmarks --gpu $(ARGS)
 
 tiny-janus: $(STAMP)  ## train the tiny Janus that ships with the package: about 30 minutes on two cores
 	$(PY) -m unified_rl.shapes.train_janus --out unified_rl/assets/tiny_janus $(ARGS)

@@ -14,7 +14,8 @@ from tests.launch.launching import ROOT
 
 TARGETS = [
     "help", "install", "test", "test-slow", "test-cluster", "lint", "format", "demo", "loop", "rollout", "reward",
-    "train", "evaluate", "export", "status", "doctor", "plan", "report", "clean-run", "evidence", "drill", "tiny-janus",
+    "train", "evaluate", "export", "status", "doctor", "plan", "report", "clean-run", "evidence", "drill", "bench",
+    "bench-gpu", "tiny-janus",
     "tiny-bagel", "slurm-loop", "slurm-rollout", "slurm-reward", "slurm-train", "slurm-evaluate",
 ]  # fmt: skip
 OURS = ("MODEL", "NODES", "GPUS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "RUN", "ARGS", "PYTHON")
@@ -80,6 +81,8 @@ def test_make_alone_prints_the_help() -> None:
         (["slurm-reward", "RUN=r", "ITERATION=0"], ['launch/slurm/submit.sh reward --run "r" --iteration "0"']),
         (["slurm-train", "RUN=r", "ITERATION=3"], ['launch/slurm/submit.sh train --run "r" --iteration "3"']),
         (["slurm-evaluate", "RUN=r", "ITERATION=3"], ['launch/slurm/submit.sh evaluate --run "r" --iteration "3"']),
+        (["bench"], ["OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks"]),
+        (["bench-gpu", "ARGS=--smoke"], [".venv/bin/python -m benchmarks --gpu --smoke"]),
         (["evidence", "SEEDS=5"], ['RUN="" launch/evidence.sh']),
         (["clean-run", "RUN=r"], ['RUN="r" launch/clean_run.sh']),
         (["status", "RUN=r"], ['.venv/bin/python -m unified_rl.ledger status "r"']),
