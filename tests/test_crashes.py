@@ -15,7 +15,7 @@ from unified_rl import ledger, shards
 from unified_rl.config import BackboneConfig, DataConfig, RunConfig
 from unified_rl.files import sha256_file
 from unified_rl.ledger import Run
-from unified_rl.manifests import LedgerError, ShardInfo
+from unified_rl.manifests import LedgerError, ShardInfo, temporaries_in
 from unified_rl.shards import read_shard, write_shard
 
 NAME = "shard-00000.tar"
@@ -26,6 +26,9 @@ NEW = [("n_00", {"json": b"new", "png": b"y" * 25_000})]
 def run_forked(work: Callable[[], object], kill_after: float | None = None) -> int:
     """Run `work` in a forked process; its exit code, or minus the signal that ended it.
 
+    Neither the process nor the caller afterwards knows what the other has seen in a folder, as processes do not that
+    were started one after the other.
+
     Args:
         work: An exception in it ends the process with code 1.
         kill_after: Seconds until the process is killed with SIGKILL, if it is still at work.
@@ -33,6 +36,7 @@ def run_forked(work: Callable[[], object], kill_after: float | None = None) -> i
     child = os.fork()
     if child == 0:
         code = 1
+        temporaries_in.cache_clear()
         try:
             work()
             code = 0
@@ -41,7 +45,9 @@ def run_forked(work: Callable[[], object], kill_after: float | None = None) -> i
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    temporaries_in.cache_clear()
+    return ended
 
 
 def kill_self(*_: object) -> None:

@@ -64,8 +64,8 @@ def test_answers_belong_to_the_chosen_question_in_the_framing_that_they_were_sam
         "i0, answer 0", "i0, answer 1", "i2, answer 0", "i2, answer 1", "i3, answer 1",
     ]  # fmt: skip
     assert data.groups == [[0, 1], [2, 3], [4]]
-    assert [s.question for s in data.samples[:2]] == ["what is 1?", "look: what is 1?"]
-    assert data.samples[4].question == "look: what is 0?"  # the first answer could not be read
+    assert [s.question for s in data.samples[:2]] == ["what is 1?", "question: what is 1?"]
+    assert data.samples[4].question == "question: what is 0?"  # the first answer could not be read
     assert [s.reward for s in data.samples] == [0.5, -0.5, 0.5, -0.5, 0.25]
     assert data.samples[1].ids.tolist() == [130, 131] and data.samples[4].ids.tolist() == [110, 111]
     assert data.samples[1].old_log_probs.tolist() == pytest.approx([-1.30, -1.31])
