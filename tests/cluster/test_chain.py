@@ -122,6 +122,7 @@ def test_the_number_of_requeues_is_bounded(submission: Submission) -> None:
     assert "after 1 requeues" in submission.log()
 
 
+@pytest.mark.timeout(600)
 def test_a_stage_that_stops_only_at_its_time_limit_is_requeued_too(submission: Submission) -> None:
     submission.behave(
         "trap '' USR2; trap 'exit 75' TERM\n"
@@ -129,5 +130,5 @@ def test_a_stage_that_stops_only_at_its_time_limit_is_requeued_too(submission: S
     )
     job = submission.submit("reward", "--iteration", "0", TIME="00:01:00", SIGNAL_SECONDS="1")["reward-0000"]
     for task in range(2):
-        fields = submission.cluster.wait_state(f"{job}_{task}", ("COMPLETED", "FAILED", "CANCELLED"))
+        fields = submission.cluster.wait_state(f"{job}_{task}", ("COMPLETED", "FAILED", "CANCELLED"), 240)
         assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), submission.log()
