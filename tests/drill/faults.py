@@ -269,13 +269,28 @@ def judge_is_nan(field: Field) -> Struck:
     return struck
 
 
+def send(members: list[Member], number: signal.Signals) -> None:
+    """A signal to processes, of which some may have ended."""
+    for member in members:
+        with suppress(ProcessLookupError):
+            os.kill(member.pid, number)
+
+
 def start_twice(field: Field) -> Struck:
-    """The running stage is started once more; one of the two must be refused, and nothing may change."""
+    """The running stage is started once more; one of the two must be refused, and nothing may change.
+
+    The first one's workers sleep meanwhile: it would often be done before the second has loaded anything.
+    """
     loop = field.loop
-    member = next((m for m in loop.members() if m.stage), None)
-    if member is None:
+    workers = [m for m in loop.members() if m.stage]
+    if not workers:
         raise Missed
-    code, text = loop.stage_again(member.stage, member.iteration)
+    member = workers[0]
+    send(workers, signal.SIGSTOP)
+    try:
+        code, text = loop.stage_again(member.stage, member.iteration)
+    finally:
+        send(workers, signal.SIGCONT)
     struck = Struck(f"{member.stage} {member.iteration}", last_error(text))
     if code == 0 and "already committed" not in text:
         struck.message = "" if loop.running else last_error(loop.said())
