@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -112,7 +113,6 @@ def test_a_host_that_is_cut_off_is_named_and_the_same_command_goes_on(training: 
         training.hosts[1].cable("up")
     log = training.log(run).read_text()
     assert "error: rank 1 on host-2 cannot be reached" in log, log
-    assert "blocked: train: process" in status_of(run)
-    assert "failed: unified_rl.train.zero3.TrainError: rank 1 on host-2 cannot be reached" in status_of(run)
+    assert re.search("blocked: train: .* failed: .*TrainError: rank 1 on host-2 cannot be reached", status_of(run))
     assert training.train_over_ssh(run).wait(300) == 0, training.log(run).read_text()
     assert snapshot(run).files == training.whole

@@ -15,26 +15,16 @@ SCRIPT = Path(__file__).parent / "lost_rank.py"
 
 
 def test_a_silent_rank_is_named_within_the_timeout(tmp_path):
-    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(tmp_path / "said")],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        _, log = ranks[0].communicate(timeout=300)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+    shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "said")]
+    done = subprocess.run(command, env=shared, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
     message, seconds = json.loads((tmp_path / "said").read_text())
     named = f"rank 1 on {socket.gethostname()} cannot be reached"
     assert named in message
     assert "the same command goes on" in message
-    assert seconds < 30 + 15
-    assert f"no sign of life for 9 s: {named}" in log, "the log says so before the operation fails"
+    assert 14 < seconds < 15 + 10, "the time-out, and a few signs of life"
+    assert f"no sign of life for 4 s: {named}" in done.stderr, "the log says so before the operation fails"
 
 
 def test_ranks_that_do_not_meet_are_told_where(tmp_path):

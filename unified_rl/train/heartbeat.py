@@ -5,6 +5,7 @@ An operation that waits for a dead host ends with a time-out that names nobody, 
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import time
@@ -36,12 +37,17 @@ class Heartbeat:
         self._ended = Event()
         self._tell(0)
         dist.barrier()  # reading waits for keys that nobody has written
-        for work in (self._beat, self._watch):
-            Thread(target=work, daemon=True).start()
+        self._threads = [Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.stop)
 
     def stop(self) -> None:
         """The ranks part; who is silent from now on is not lost."""
         self._ended.set()
+        # A thread that comes back from the store while the interpreter ends would abort the process.
+        for thread in self._threads:
+            thread.join(self._seconds)  # one that hangs in a dead network never comes back
 
     def lost(self) -> str:
         """Waits for a sign of life of every rank; who gave none, in words, or nothing."""
