@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from unified_rl.manifests import MANIFEST_NAME
 
-MEASURED = ("time/", "throughput/", "memory/")
+MEASURED = re.compile("(^|/)(time|throughput|memory)/")  # of a role as well: solver/time/step_s
 VERDICTS = ("lost", "duplicated", "wrong")  # the worst first
 
 
@@ -46,7 +47,7 @@ def snapshot(run: Path) -> Snapshot:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
             records.update(f"{path.parent.relative_to(run)} step {line['step']}" for line in lines)
-            kept = [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
+            kept = [{k: v for k, v in line.items() if not MEASURED.search(k)} for line in lines]
             data = json.dumps(kept, sort_keys=True).encode()
         if path.suffix == ".tar":
             records.update(f"{path.parent.relative_to(run)} {key}" for key in keys_of(path))

@@ -19,7 +19,7 @@ SHARD = "iter_0000/rollout/shard-00001.tar"
 
 
 def write_metrics(run, *steps, seconds=1.0):
-    rows = [{"step": step, "reward": 0.5, "time/step_s": seconds} for step in steps]
+    rows = [{"step": step, "reward": 0.5, "time/step_s": seconds, "solver/time/step_s": seconds} for step in steps]
     (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
