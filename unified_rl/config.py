@@ -127,12 +127,15 @@ class SelfConsistencyConfig:
     running_target: bool = False  # the vote entropy that is wanted follows those of the past, instead of .90
     train_proposer: bool = True  # false, a control: the Proposer stays as it is
     hard_share: float = 0.3  # of images asked about with difficulty hard; medium the rest
+    min_majority: float = 0.0  # of the vote, that a question must have for the Solver to learn from it
     references: int = 7  # framings of a check question on the real image, whose majority is the reference
     reference_share: float = 0.6  # of the vote that a reference must have
     pairs: int = 3  # check questions of a drawing task
     min_pairs: int = 2  # that must be reliable
     min_quality: float = 0.35  # of a drawing task
     task_retries: int = 2  # further attempts at a drawing task
+    cycle_weight: float = 0.2  # of caption and drawing against the prompt; that of the check questions is .65
+    image_term: str = "embedding"  # drawing against prompt; embedding: cosine; likelihood: of the prompt, as in GvU
     fidelity_samples: int = 1  # answers to a check question on a drawing; 1: greedy
     proposer_temperature: float = 1.0
     proposer_tokens: int = 384  # longest reply with a question

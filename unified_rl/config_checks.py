@@ -24,6 +24,7 @@ CHOICES = {
     "reward.domain": ("probability", "log"),
     "self_consistency.preset": ("self_consistency", "self_consistency_release"),
     "self_consistency.wording": ("full", "brief"),
+    "self_consistency.image_term": ("embedding", "likelihood"),
     "rollout.flow.renorm": ("global", "channel", "none"),
     "policy.objective": ("grpo", "reward_weighted"),
     "policy.control": ("none", "shuffled", "constant"),
@@ -95,6 +96,8 @@ SHARES = (
     "self_consistency.reference_share",
     "self_consistency.min_quality",
     "self_consistency.hard_share",
+    "self_consistency.min_majority",
+    "self_consistency.cycle_weight",
 )
 # How many framings of a question there are (`reward.self_consistency_prompts.FRAMINGS`).
 FRAMING_COUNTS = ("self_consistency.answers", "self_consistency.references", "self_consistency.fidelity_samples")

@@ -7,6 +7,7 @@ so that no role can make texts alike.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,9 +19,10 @@ from unified_rl.config import SelfConsistencyConfig
 from unified_rl.records import PromptRecord
 from unified_rl.reward.diversity import diversity_scores
 from unified_rl.reward.fidelity import FactCheck, check_facts, cosines, cycle_score, generation_reward
+from unified_rl.reward.gvu import GvuScore, gvu_scores
 from unified_rl.reward.inquiry import rules_of
 from unified_rl.reward.self_consistency_prompts import caption_question
-from unified_rl.reward.skips import Skipped
+from unified_rl.reward.skips import Skipped, SkipReason
 from unified_rl.reward.solver import framed_replies, greedy_replies, write
 from unified_rl.runtime import sample_seed
 
@@ -88,7 +90,7 @@ class FidelityJudge:
     def _similarities(
         self, images: Sequence[np.ndarray], prompts: Sequence[str]
     ) -> tuple[list[float | Skipped], list[float | Skipped]]:
-        """Cosines of each prompt with the caption of its image, and with the image itself."""
+        """How close each prompt is to the caption of its image, and to the image itself: cosine, or likelihood."""
         probe = caption_question(self.settings.wording)
         with self.backbone.role(self.role):
             captions = write(
@@ -97,5 +99,16 @@ class FidelityJudge:
         with self.backbone.role(None):
             wanted = self.backbone.embed([None] * len(images), prompts)
             said = self.backbone.embed([None] * len(images), captions)
+            if self.settings.image_term == "likelihood":
+                return cosines(wanted, said), likelihoods(gvu_scores(self.backbone, images, prompts, probe))
             seen = self.backbone.embed(images, [probe] * len(images))
         return cosines(wanted, said), cosines(wanted, seen)
+
+
+def likelihoods(scores: Sequence[GvuScore]) -> list[float | Skipped]:
+    """Geometric mean in 0..1 of the probabilities of a prompt's tokens; skipped where it is not a number.
+
+    Its value without the image is the same for all drawings of a prompt, so nothing is taken off for it.
+    """
+    bad = Skipped(SkipReason.BAD_SIMILARITY, "the likelihood of the prompt is not finite")
+    return [s.geometric_mean if s.tokens and math.isfinite(s.mean_log_prob) else bad for s in scores]

@@ -39,6 +39,7 @@ class InquiryRules:
 
     Attributes:
         inside_answer: token entropy counts the tokens of the answer, otherwise those of the reply.
+        min_majority: of the vote on a question that the Solver learns from.
     """
 
     answers: AnswerRules
@@ -46,6 +47,7 @@ class InquiryRules:
     proposer: ProposerRules
     generation: GenerationRules
     inside_answer: bool
+    min_majority: float
 
 
 def rules_of(settings: SelfConsistencyConfig) -> InquiryRules:
@@ -53,9 +55,14 @@ def rules_of(settings: SelfConsistencyConfig) -> InquiryRules:
     preset, proposer = settings.preset, PROPOSER_RULES[settings.preset]
     if not settings.token_entropy:
         proposer = replace(proposer, entropy_weight=0.0, vote_weight=1.0)
-    generation = replace(GENERATION_RULES[preset], min_share=settings.reference_share, min_quality=settings.min_quality)
+    generation = replace(
+        GENERATION_RULES[preset], cycle=settings.cycle_weight, min_share=settings.reference_share,
+        min_quality=settings.min_quality,
+    )  # fmt: skip
     inside = preset == "self_consistency"
-    return InquiryRules(ANSWER_RULES[preset], ENTROPY_RULES[preset], proposer, generation, inside)
+    return InquiryRules(
+        ANSWER_RULES[preset], ENTROPY_RULES[preset], proposer, generation, inside, settings.min_majority
+    )
 
 
 def min_answers(asked: int) -> int:
@@ -179,7 +186,7 @@ def _score(read: _Read, ranks: Iterator[float], target: float | None, rules: Inq
 def _reward(
     record: InquiryRecord, read: list[_Read], scores: list[QuestionScore | Skipped], rules: InquiryRules
 ) -> InquiryReward:
-    chosen = choose_question(scores)
+    chosen = choose_question(scores, rules.min_majority)
     failed = next((s for s in scores if isinstance(s, Skipped) and s.reason.value in FAILURES), None)
     scored = any(isinstance(s, QuestionScore) for s in scores)
     status = "failed" if failed else "ok" if scored else "skipped"

@@ -84,14 +84,20 @@ def score_question(
     return QuestionScore(votes, token_entropy, rank, agreement, bucket, min(max(reward, -1.0), 1.0))
 
 
-def choose_question(scores: Sequence[QuestionScore | Skipped]) -> int | Skipped:
+def choose_question(scores: Sequence[QuestionScore | Skipped], min_majority: float = 0.0) -> int | Skipped:
     """Which of an image's questions the Solver learns from: of best reward among those that are not easy.
 
-    Of equal ones the first. Skipped where every question is easy or has no score.
+    Of equal ones the first. Skipped where every question is easy, too divided or has no score.
+
+    Args:
+        min_majority: share of the vote that the majority must have.
     """
-    useful = [i for i, s in enumerate(scores) if isinstance(s, QuestionScore) and s.bucket != "easy"]
+    divided = [i for i, s in enumerate(scores) if isinstance(s, QuestionScore) and s.bucket != "easy"]
+    useful = [i for i in divided if scores[i].votes.share >= min_majority]
     if useful:
         return max(useful, key=lambda i: scores[i].reward)
+    if divided:
+        return Skipped(SkipReason.TOO_DIVIDED, f"no majority of {len(divided)} votes has {min_majority:g}")
     failed = next((s for s in scores if isinstance(s, Skipped)), None)
     if failed is not None and all(isinstance(s, Skipped) for s in scores):
         return failed

@@ -33,6 +33,7 @@ class SkipReason(str, Enum):
     BAD_SIMILARITY = "bad_similarity"
     # choosing what to train on
     TOO_EASY = "too_easy"
+    TOO_DIVIDED = "too_divided"
     LOW_QUALITY = "low_quality"
 
 
