@@ -1,16 +1,21 @@
 """The judge of drawing tasks with the tiny Janus: drawings that fit their task earn more than those of another."""
 
+import math
 import random
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from unified_rl.backbones.load import load_backbone
 from unified_rl.config import BackboneConfig, SelfConsistencyConfig
 from unified_rl.records import PromptRecord
-from unified_rl.reward.drawings import FidelityJudge
-from unified_rl.reward.skips import Skipped
+from unified_rl.reward.drawings import FidelityJudge, likelihoods
+from unified_rl.reward.gvu import GvuScore, gvu_scores
+from unified_rl.reward.self_consistency_prompts import caption_question
+from unified_rl.reward.skips import Skipped, SkipReason
 from unified_rl.shapes.prompts import prompt_records, scene_for
 from unified_rl.shapes.proposing import stated_facts
 from unified_rl.shapes.world import render
@@ -60,6 +65,25 @@ def test_the_image_decides_its_own_similarity(backbone, tasks):
     similarities = judge._similarities(images, prompts)[1]
     assert len(set(similarities)) == 4
     assert judge._similarities([images[0]] * 2, prompts[:2])[1] == pytest.approx([similarities[0]] * 2, abs=1e-5)
+
+
+def test_the_prompts_likelihood_in_the_place_of_its_cosine(backbone, tasks):
+    settings = replace(SETTINGS, image_term="likelihood")
+    images, prompts = [image for image, _ in tasks], [task.text for _, task in tasks]
+    captions, cosines = FidelityJudge(backbone, SETTINGS, None)._similarities(images, prompts)
+    same_captions, matched = FidelityJudge(backbone, settings, None)._similarities(images, prompts)
+    assert same_captions == captions and matched != cosines
+    expected = [s.geometric_mean for s in gvu_scores(backbone, images, prompts, caption_question("brief"))]
+    assert matched == pytest.approx(expected, abs=1e-6)
+    shuffled = FidelityJudge(backbone, settings, None)._similarities(images[5:] + images[:5], prompts)[1]
+    assert statistics.fmean(m > s for m, s in zip(matched, shuffled, strict=True)) > 0.95
+
+
+def test_a_likelihood_that_is_no_number_is_a_failed_score():
+    good, bad = GvuScore(["a"], torch.tensor([-1.0]), -1.0), GvuScore(["a"], torch.tensor([math.nan]), math.nan)
+    assert likelihoods([good]) == [math.exp(-1.0)]
+    assert likelihoods([bad, good])[0].reason is SkipReason.BAD_SIMILARITY
+    assert likelihoods([replace(good, tokens=[])])[0].reason is SkipReason.BAD_SIMILARITY
 
 
 def test_sampled_answers_share_the_vote(backbone, tasks):

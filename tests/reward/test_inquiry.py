@@ -50,6 +50,7 @@ def test_controls_and_presets_change_the_rules():
     assert counted["rank"] == 10 / 11  # its own entropy is in the window
     assert rules_of(release).proposer == PROPOSER_RULES["self_consistency_release"]
     assert rules_of(SelfConsistencyConfig(reference_share=0.9)).generation.min_share == 0.9
+    assert rules_of(SelfConsistencyConfig(cycle_weight=0.4)).generation.cycle == 0.4
     moved = InquiryState(WARM.window, RunningMean(0.5))
     following = score(record, state=moved, settings=SelfConsistencyConfig(wording="brief", running_target=True))
     fixed = score(record, state=moved)
@@ -96,6 +97,16 @@ def test_questions_that_are_all_easy_teach_the_solver_nothing():
     (reward,) = score(inquiry("a", asked(), asked()))
     assert (reward.status, reward.chosen, reward.solver_rewards) == ("ok", -1, [])
     assert reward.why_none.startswith("too_easy")
+
+
+def test_votes_below_the_majority_that_is_asked_for_teach_the_solver_nothing():
+    record = inquiry("a", asked(answers=SPLIT), asked(answers=["red"] * 5 + ["blue"] * 2))
+    assert score(record)[0].chosen == 0
+    (reward,) = score(record, settings=SelfConsistencyConfig(wording="brief", min_majority=0.7))
+    assert reward.chosen == 1
+    (reward,) = score(record, settings=SelfConsistencyConfig(wording="brief", min_majority=0.8))
+    assert (reward.chosen, reward.solver_rewards) == (-1, []) and reward.why_none.startswith("too_divided")
+    assert [q["reward"] for q in reward.questions] == [q["reward"] for q in score(record)[0].questions]
 
 
 @pytest.mark.parametrize("reason", list(SkipReason))

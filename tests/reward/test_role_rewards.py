@@ -57,6 +57,14 @@ def test_the_question_that_the_solver_learns_from():
     assert choose_question([]).reason is SkipReason.TOO_EASY
 
 
+def test_the_solver_may_leave_divided_votes_alone():
+    scores = [question("aaaaaaa", 1.0), question("aaaabbb", 0.9), question("aaaaabb", 0.3)]
+    assert choose_question(scores) == choose_question(scores, 4 / 7) == 1
+    assert choose_question(scores, 0.7) == 2
+    assert choose_question(scores, 0.75).reason is SkipReason.TOO_DIVIDED
+    assert choose_question(scores[:1], 0.7).reason is SkipReason.TOO_EASY
+
+
 def test_the_majority_is_paid_and_others_pay():
     answers, votes = answered("aaaabbc")
     s = informativeness(votes)
