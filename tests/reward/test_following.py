@@ -59,8 +59,8 @@ def run(tmp_path, prompts, backbone, monkeypatch):
     return make_run(tmp_path / "run", prompts)
 
 
-def make_run(path, prompts, *overrides):
-    return Run(path, open_run(path, "gvu_janus_shapes", [f"data.prompts={prompts}", *SMALL, *overrides]))
+def make_run(path, prompts, recipe="gvu_janus_shapes"):
+    return Run(path, open_run(path, recipe, [f"data.prompts={prompts}", *SMALL]))
 
 
 def content(run):
@@ -241,3 +241,13 @@ def test_what_was_scored_of_other_bytes_than_the_manifest_names_is_scored_again(
     with beside(drawing):
         assert follow(run, patience=WAIT_SECONDS) == EXIT_OK
     assert content(run) == whole
+
+
+def test_srum_scores_shard_by_shard_too(tmp_path, run, prompts):
+    whole, followed = (make_run(tmp_path / name, prompts, "srum_janus_shapes") for name in ("whole", "followed"))
+    assert rollout(whole, 0, ONE) == reward(whole, 0, ONE) == rollout(followed, 0, HALF) == EXIT_OK
+    with pytest.raises(RolloutGoneError):
+        follow(followed)
+    assert is_scored(followed, 0) and is_scored(followed, 2)
+    assert rollout(followed, 0, ONE) == follow(followed) == EXIT_OK
+    assert content(followed) == content(whole)
