@@ -5,6 +5,8 @@
 #   DRY_RUN=1  print the exact commands and change nothing
 #   WORKERS, TRAIN_RANKS  processes of this start instead of rollout.workers and reward.workers, train.ranks:
 #              a run goes on with any number of them
+#   FOLLOW=1   reward runs beside its rollout and scores the shards as they come; FOLLOW_TIMEOUT: seconds that it waits
+#              while nothing is heard of the rollout
 #   STOP_SECONDS  time that a stage gets to end after INT or TERM before it is killed; default 120
 # Exit codes: those of the stage (0 done, 1 failed, 2 wrong arguments, 75 stopped: the same command continues).
 
@@ -12,6 +14,9 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAUNCH_ENV=() # NAME=VALUE set for every command, and shown by DRY_RUN
+FOLLOWING=() # arguments of reward that FOLLOW asks for
+# shellcheck disable=SC2034 # used by the launchers
+[[ ${FOLLOW:-} != 1 ]] || FOLLOWING=(--follow ${FOLLOW_TIMEOUT:+--follow-timeout "$FOLLOW_TIMEOUT"})
 SIGNAL_BELOW='' # 1: a signal goes to the children of the started process, not to the process itself
 STOPPED=''      # 1 after INT, TERM or USR2: what runs is ended, nothing more is started
 
@@ -143,12 +148,19 @@ run_workers() {
   return "$code"
 }
 
-# stage NAME ARGUMENTS...: runs another launcher, which prints its own commands in a dry run.
+# stage NAME[+NAME] ARGUMENTS...: runs other launchers side by side, which print their own commands in a dry run.
 stage() {
-  local launcher=$ROOT/launch/$1.sh
-  shift
-  if [[ ${DRY_RUN:-} == 1 ]]; then "$launcher" "$@"; else run "$launcher" "$@"; fi
+  local name code=0
+  for name in ${1//+/ }; do
+    if [[ ${DRY_RUN:-} == 1 ]]; then
+      "$ROOT/launch/$name.sh" "${@:2}"
+    elif [[ -z $STOPPED ]]; then
+      env "${LAUNCH_ENV[@]}" "$ROOT/launch/$name.sh" "${@:2}" &
+    fi
+  done
+  wait_children || code=$?
   [[ -z $STOPPED ]] || exit 75
+  return "$code"
 }
 
 # Prompt shards of the synthetic world, where the recipes expect them.

@@ -3,7 +3,7 @@
 # Reads   --recipe NAME and key=value, or RUN/config.yaml of a run that exists
 # Writes  RUN/ (see docs/disk_contract.md)
 # Environment
-#   PYTHON, DRY_RUN=1         as for all launchers (see common.sh)
+#   PYTHON, DRY_RUN=1, WORKERS, TRAIN_RANKS, FOLLOW=1, FOLLOW_TIMEOUT  as for all launchers (see common.sh)
 #   MASTER_PORT, DS_HOSTFILE  as for train.sh
 # Usage    launch/loop.sh --run RUN [--recipe NAME] [key=value ...]
 # Example  launch/loop.sh --run runs/demo --recipe gvu_janus_shapes iterations=2
@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_arguments "$@"
 [[ -z $ITERATION ]] || fail "loop.sh takes no --iteration: it continues where the run is" 2
 find_python
-plan=$(ask_python plan) || exit "$?"
+plan=$(ask_python plan ${FOLLOWING[0]:+"${FOLLOWING[0]}"}) || exit "$?"
 
 # Wall-clock seconds, a line for each time the loop ran.
 [[ ${DRY_RUN:-} == 1 ]] || trap 'echo "$SECONDS" >>"$RUN/loop_seconds"' EXIT

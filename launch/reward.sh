@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Scores the images of one iteration under the judge: reward.workers processes of unified_rl.reward.
-# Reads   RUN/config.yaml (or --recipe NAME and key=value), RUN/iter_<K>/rollout
+# Reads   RUN/config.yaml (or --recipe NAME and key=value), RUN/iter_<K>/rollout, which FOLLOW=1 takes unfinished as well
 # Writes  RUN/iter_<K>/reward/: shards, then manifest.json
 # Environment
-#   PYTHON     interpreter (default .venv/bin/python)
-#   DRY_RUN=1  print the commands only
+#   PYTHON, DRY_RUN=1, FOLLOW=1, FOLLOW_TIMEOUT  as for all launchers (see common.sh)
 # Usage    launch/reward.sh --run RUN --iteration K [--recipe NAME] [key=value ...]
 # Example  launch/reward.sh --run runs/demo --iteration 0
 # Running it again continues; a committed iteration is left alone.
@@ -16,4 +15,4 @@ require_iteration
 find_python
 config_values reward.workers
 workers=$(processes WORKERS "${CONFIG[0]}")
-run_workers "$workers" "$PYTHON" -m unified_rl.reward "${ARGUMENTS[@]}"
+run_workers "$workers" "$PYTHON" -m unified_rl.reward "${ARGUMENTS[@]}" "${FOLLOWING[@]}"

@@ -10,14 +10,19 @@ import pytest
 
 from tests.drill.__main__ import undisturbed
 from tests.drill.comparison import snapshot
-from tests.drill.loops import ASK_SOLVE_GENERATE, GVU, ITERATIONS, Loop
+from tests.drill.loops import ASK_SOLVE_GENERATE, ENVIRONMENT, GVU, ITERATIONS, Loop
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("method", "policies"), [(GVU, 2), (ASK_SOLVE_GENERATE, 5)], ids=["gvu", "ask_solve_generate"])
-def test_killed_and_restarted_loop_ends_with_the_same_bits(tmp_path, method, policies):
+@pytest.mark.parametrize(
+    ("method", "policies", "follow"),
+    [(GVU, 2, ""), (GVU, 2, "1"), (ASK_SOLVE_GENERATE, 5, "")],
+    ids=["gvu", "gvu_follow", "ask_solve_generate"],
+)
+def test_killed_and_restarted_loop_ends_with_the_same_bits(tmp_path, monkeypatch, method, policies, follow):
     whole, seconds = undisturbed(tmp_path, method)
+    monkeypatch.setitem(ENVIRONMENT, "FOLLOW", follow)
     rng = random.Random(int(os.environ.get("KILL_SEED", "0")))
     loops = [Loop(tmp_path / "killed-0", tmp_path / "prompts", tmp_path / "killed-0.log", method)]
     kills = 0

@@ -267,6 +267,16 @@ def test_shard_of_another_policy_does_not_count(run):
     assert run.shard_mark(1, "rollout", 0) is None
 
 
+def test_shard_that_was_made_of_another_one_does_not_count(run):
+    run.mark_shard(0, "reward", 0, put_shard(run, 0, "reward"), {"images": 1}, DIGEST)
+    assert run.shard_mark(0, "reward", 0) == run.shard_mark(0, "reward", 0, DIGEST) == {"images": 1}
+    assert run.shard_mark(0, "reward", 0, "cd" * 32) is None
+    assert run.commit_if_complete(0, "reward", 1, "base", sources=["cd" * 32]) is None
+    assert run.commit_if_complete(0, "reward", 1, "base", sources=[DIGEST]).counts == {"images": 1}
+    finish_shard(run, 1)
+    assert run.shard_mark(0, "rollout", 1, DIGEST) is None  # as by a version that did not say
+
+
 # Commit when complete
 
 

@@ -2,6 +2,7 @@
 
     python -m unified_rl.launching values --run RUN [--recipe NAME] [key=value ...] KEY ...   one value a line
     python -m unified_rl.launching plan --run RUN [--recipe NAME] [key=value ...]             `STAGE ITERATION` a line
+                              --follow: `rollout+reward ITERATION` where both are left
     python -m unified_rl.launching port
 
 Both questions about a run create `RUN/config.yaml` or compare the arguments with it; `--dry-run` writes nothing.
@@ -11,6 +12,7 @@ Starts without torch: the launchers call it before every stage.
 from __future__ import annotations
 
 import argparse
+import re
 import socket
 from pathlib import Path
 
@@ -84,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", metavar="RUN", help="run folder")
     parser.add_argument("--recipe", metavar="NAME", help="recipe name or YAML file; needed to create a run")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--follow", action="store_true", help="of a plan: reward beside its rollout")
     parser.add_argument("words", nargs="*", metavar="key=value|KEY")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.question == "port":
@@ -99,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         lines = [config_value(config, key) for key in keys]
     else:
         lines = [f"{stage} {iteration}" for stage, iteration in remaining_stages(Run(arguments.run, config))]
-    print("\n".join(lines))
+    text = "\n".join(lines)
+    print(re.sub(r"rollout (\d+)\nreward \1$", r"rollout+reward \1", text, flags=re.M) if arguments.follow else text)
     return EXIT_OK
 
 

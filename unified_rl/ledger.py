@@ -137,12 +137,15 @@ class Run:
     def _mark_path(self, iteration: int, stage: str, index: int) -> Path:
         return self.iteration_folder(iteration) / stage / f"shard-{index:05d}.done.json"
 
-    def mark_shard(self, iteration: int, stage: str, index: int, info: ShardInfo, extra: dict) -> None:
+    def mark_shard(
+        self, iteration: int, stage: str, index: int, info: ShardInfo, extra: dict, source: str | None = None
+    ) -> None:
         """Record that shard `index` is whole. Call it after the shard lies under its final name.
 
         Args:
             extra: Summary for the manifest. Whole numbers are summed over shards into `counts`; the list
                 `failures` is joined; a number `X_sum` becomes the mean `X_mean` per scored image.
+            source: SHA-256 of the one shard that this one was made of, where there is one.
         """
         if info.name != f"shard-{index:05d}.tar":
             raise LedgerError(f"shard {index} of {stage} must be named shard-{index:05d}.tar, not {info.name}")
@@ -151,16 +154,19 @@ class Run:
             "config_hash": self.config_hash,
             "policy_version": self.current_policy(iteration)[1],
             "summary": extra,
+            **({} if source is None else {"source": source}),
         }
         store(self._mark_path(iteration, stage, index), encode_json(content))
 
-    def _read_mark(self, iteration: int, stage: str, index: int) -> tuple[ShardInfo, dict] | None:
+    def _read_mark(
+        self, iteration: int, stage: str, index: int, source: str | None = None
+    ) -> tuple[ShardInfo, dict] | None:
         """Shard and summary of a mark whose shard has the right size; the bytes are not verified."""
         path = self._mark_path(iteration, stage, index)
         content = read_json(path)
         if content is None:
             return None
-        if set(content) != _MARK_FIELDS or not isinstance(content["summary"], dict):
+        if set(content) - {"source"} != _MARK_FIELDS or not isinstance(content["summary"], dict):
             raise LedgerError(f"{path} is not the mark of a shard; delete it and run the stage again")
         if content["config_hash"] != self.config_hash:
             raise LedgerError(f"{path} was made with another configuration; use a new RUN folder")
@@ -168,16 +174,24 @@ class Run:
         shard = path.with_name(info.name)
         if content["policy_version"] != self.current_policy(iteration)[1]:
             return None
+        if source is not None and content.get("source") != source:
+            return None
         if not shard.is_file() or shard.stat().st_size != info.bytes:
             return None
         return info, content["summary"]
 
-    def shard_mark(self, iteration: int, stage: str, index: int) -> dict | None:
+    def marked_shard(self, iteration: int, stage: str, index: int) -> ShardInfo | None:
+        """Entry of a finished shard of a stage in progress, for who reads and so verifies it; None as `shard_mark`."""
+        mark = self._read_mark(iteration, stage, index)
+        return None if mark is None else mark[0]
+
+    def shard_mark(self, iteration: int, stage: str, index: int, source: str | None = None) -> dict | None:
         """Summary of a finished shard; None unless the shard exists with the marked size and SHA-256.
 
-        A shard that was made by another policy than this iteration's counts as not done.
+        A shard that was made by another policy than this iteration's, or of another shard than `source`, counts as
+        not done.
         """
-        mark = self._read_mark(iteration, stage, index)
+        mark = self._read_mark(iteration, stage, index, source)
         if mark is None:
             return None
         info, summary = mark
@@ -191,6 +205,7 @@ class Run:
         n_shards: int,
         policy_version: str,
         extra: dict | Callable[[list[ShardInfo]], dict] | None = None,
+        sources: list[str] | None = None,
     ) -> Manifest | None:
         """Commit the stage when all its shards are marked; every worker calls this after its last shard.
 
@@ -199,6 +214,7 @@ class Run:
         Args:
             n_shards: Number of shards of the whole stage.
             extra: Further entries of the manifest's `extra`, or what makes them from the whole shards.
+            sources: SHA-256 of what each shard must be made of.
 
         Returns:
             The manifest, or None while other workers are still at work.
@@ -207,10 +223,11 @@ class Run:
         if existing is not None:
             return existing
         # Sizes first: hashing all shards is left to the last worker.
-        marks = [self._read_mark(iteration, stage, index) for index in range(n_shards)]
+        wanted = [(index, sources[index] if sources else None) for index in range(n_shards)]
+        marks = [self._read_mark(iteration, stage, *shard) for shard in wanted]
         if any(mark is None for mark in marks):
             return None
-        if any(self.shard_mark(iteration, stage, index) is None for index in range(n_shards)):
+        if any(self.shard_mark(iteration, stage, *shard) is None for shard in wanted):
             return None
         counts, failures, means = merge_summaries([summary for _, summary in marks], f"{stage}, iteration {iteration}")
         infos = [info for info, _ in marks]

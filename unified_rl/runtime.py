@@ -35,6 +35,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 class StageError(ValueError):
     """An expected failure: the message names what is wrong and what to do, a traceback adds nothing."""
 
+    exit_code = EXIT_FAILED
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -272,12 +274,16 @@ def _not_negative(text: str) -> int:
 def stage_arguments(
     stage: str, example: str, argv: list[str] | None = None, iteration: bool = True
 ) -> argparse.Namespace:
-    """Arguments shared by all stages: `.run`, `.iteration`, `.recipe`, `.overrides`; sets the log prefix.
+    """Arguments shared by all stages, read from `argv` or the command line: see `stage_parser`."""
+    return stage_parser(stage, example, iteration).parse_intermixed_args(argv)
+
+
+def stage_parser(stage: str, example: str, iteration: bool = True) -> argparse.ArgumentParser:
+    """Parser of `.run`, `.iteration`, `.recipe`, `.overrides`, which all stages take; sets the log prefix.
 
     Args:
         stage: One of the stage words; names the module in the usage line.
         example: A complete command, shown by `--help`.
-        argv: Arguments without the program name; default `sys.argv[1:]`.
         iteration: Whether the stage works on one iteration.
     """
     set_stage(stage)
@@ -292,7 +298,7 @@ def stage_arguments(
     # The deepspeed launcher appends it; the rank is read from the environment.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values over the recipe's")
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def run_stage(main: Callable[[], int]) -> None:
@@ -306,7 +312,7 @@ def run_stage(main: Callable[[], int]) -> None:
     try:
         code = main()
     except (StageError, ConfigError) as error:
-        code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+        code = EXIT_USAGE if isinstance(error, ConfigError) else error.exit_code
         _report(str(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS:

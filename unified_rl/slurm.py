@@ -3,8 +3,9 @@
     python -m unified_rl.slurm STAGE --site FILE --run RUN [--iteration K] [--recipe NAME] [key=value ...]
 
 STAGE is `loop` for all that is left of a run, or one stage. Writes `RUN/slurm/NAME.sbatch` and `RUN/slurm/config.yaml`
-and prints the jobs in the order of submission, a line each: `NAME AFTER,AFTER` (`-`: after nothing). With `--dry-run`
-the scripts are printed instead, before the jobs and an empty line. launch/slurm/submit.sh does the submitting.
+and prints the jobs in the order of submission, a line each: `NAME AFTER,AFTER` (`-`: after nothing), and `after` behind
+it where those need only have started. With `--dry-run` the scripts are printed instead, before the jobs and an empty
+line. launch/slurm/submit.sh does the submitting.
 """
 
 from __future__ import annotations
@@ -72,11 +73,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Job:
-    """One submission; `after` names the jobs that must have succeeded before it starts."""
+    """One submission.
+
+    Attributes:
+        after: names of the jobs that must have succeeded before it starts, or have started where it follows them.
+        follow: arguments by which the reward stage follows its rollout.
+    """
 
     stage: str
     iteration: int
     after: tuple[str, ...] = ()
+    follow: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -128,7 +135,7 @@ def check_site(site: Site, path: Path) -> Site:
     return site
 
 
-def plan_jobs(stages: list[tuple[str, int]]) -> list[Job]:
+def plan_jobs(stages: list[tuple[str, int]], follow: tuple[str, ...] = ()) -> list[Job]:
     """Jobs for (stage, iteration) pairs in the order of submission.
 
     A stage waits for what it reads where that is planned too; the report waits for all that nothing else waits for.
@@ -144,7 +151,7 @@ def plan_jobs(stages: list[tuple[str, int]]) -> list[Job]:
             before, offset = source.get(stage, ("train", -1))  # evaluate counts trained iterations
             name = job_name(before, iteration + offset) if iteration + offset >= 0 else ""
             after = (name,) if name in planned else ()
-        jobs.append(Job(stage, iteration, after))
+        jobs.append(Job(stage, iteration, after, follow if stage == "reward" else ()))
     return jobs
 
 
@@ -224,7 +231,7 @@ def render(job: Job, run: Path, config: RunConfig, site: Site) -> str:
     module = f"unified_rl.{MODULES.get(job.stage, job.stage)}"
     command = [site.python or sys.executable, module, "--run", str(run)]
     if job.stage != "report":
-        command += ["--iteration", str(job.iteration)]
+        command += ["--iteration", str(job.iteration), *job.follow]
     # A rank that is done must not end the others: those that were asked to stop leave one after the other.
     step = [
         "srun",
@@ -269,6 +276,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--iteration", type=int, metavar="K", help="iteration of a single stage")
     parser.add_argument("--recipe", metavar="NAME", help="recipe name or YAML file; needed to create a run")
     parser.add_argument("--dry-run", action="store_true", help="write nothing, print the scripts")
+    parser.add_argument("--follow", action="store_true", help="reward starts with its rollout and follows it")
+    parser.add_argument(
+        "--follow-timeout", type=float, metavar="SECONDS", help="see `python -m unified_rl.reward --help`"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values over the recipe's")
     arguments = parser.parse_intermixed_args(argv)
     if (arguments.stage == "loop") != (arguments.iteration is None):
@@ -276,17 +287,20 @@ def main(argv: list[str] | None = None) -> int:
     site = read_site(arguments.site)
     config = open_config(arguments, arguments.overrides)
     run = Path(arguments.run).absolute()
+    follow = ("--follow",) if arguments.follow else ()
+    if follow and arguments.follow_timeout:
+        follow += ("--follow-timeout", f"{arguments.follow_timeout:g}")
     if arguments.stage == "loop":
-        jobs = plan_jobs(stages_ahead(remaining_stages(Run(run, config)), site.iterations_ahead))
+        jobs = plan_jobs(stages_ahead(remaining_stages(Run(run, config)), site.iterations_ahead), follow)
     else:
-        jobs = plan_jobs([(arguments.stage, arguments.iteration)])
+        jobs = plan_jobs([(arguments.stage, arguments.iteration)], follow)
     scripts = {f"{job.name}.sbatch": render(job, run, config, site) for job in jobs}
     if arguments.dry_run:
         for name, text in scripts.items():
             print(f"==> {run / 'slurm' / name} <==\n{text}")
     else:
         write_scripts(run / "slurm", {**scripts, "config.yaml": to_yaml(config)})
-    print("\n".join(f"{job.name} {','.join(job.after) or '-'}" for job in jobs))
+    print("\n".join(f"{job.name} {','.join(job.after) or '-'}{' after' if job.follow else ''}" for job in jobs))
     return EXIT_OK
 
 

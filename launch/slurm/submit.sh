@@ -4,7 +4,7 @@
 # Writes  RUN/slurm/: NAME.sbatch, config.yaml (resolved), jobs (`ID NAME` a line), logs/
 # Environment
 #   SLURM_SITE         settings of the cluster (default launch/slurm/site.env)
-#   PYTHON, DRY_RUN=1  as for all launchers (see launch/common.sh)
+#   PYTHON, DRY_RUN=1, FOLLOW=1, FOLLOW_TIMEOUT  as for all launchers (see launch/common.sh)
 # Usage    launch/slurm/submit.sh loop|rollout|reward|train|evaluate [--dry-run] --run RUN [--iteration K] [--recipe NAME] [key=value ...]
 # Example  launch/slurm/submit.sh loop --dry-run --run runs/big --recipe gvu_janus_pro_1b
 # Submit again after a failure: what is committed is left out.
@@ -43,7 +43,7 @@ if [[ -z $DRY_RUN && -f $folder/jobs ]]; then
 fi
 
 plan=$(env "${LAUNCH_ENV[@]}" "$PYTHON" -m unified_rl.slurm "$what" --site "${SLURM_SITE:-$ROOT/launch/slurm/site.env}" \
-  ${DRY_RUN:+--dry-run} "${ARGUMENTS[@]}") || exit "$?"
+  ${DRY_RUN:+--dry-run} "${ARGUMENTS[@]}" "${FOLLOWING[@]}") || exit "$?"
 if [[ -n $DRY_RUN ]]; then
   echo "${plan%$'\n\n'*}"
   echo
@@ -52,10 +52,10 @@ fi
 
 declare -A ids=()
 submitted=()
-while read -r name after; do
+while read -r name after kind; do
   command=(sbatch --parsable "--chdir=$folder/logs")
   if [[ $after != - ]]; then
-    dependency=afterok
+    dependency=${kind:-afterok}
     for before in ${after//,/ }; do dependency+=:${ids[$before]}; done
     command+=("--dependency=$dependency")
   fi

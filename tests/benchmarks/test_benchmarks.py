@@ -20,6 +20,7 @@ TINY = {
     "rollout_flow": ("--width 256 --layers 1 --side 2 --prompts 1 --group 2 --steps 3", 2),
     "reward": ("--width 256 --layers 1 --side 2 --vocabulary 2000 --images 2", 4),
     "questions": ("--width 256 --layers 1 --questions 2 --tokens 2", 4),
+    "following": ("--prompts 2 --per-shard 1", 1),
     "growth": ("--images 1 2 --prompts 100 200 --ranks 1 2 --records 250 500", 9),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,17 @@ def test_a_start_may_have_another_number_of_processes_than_the_run() -> None:
     for launcher, variable in (("reward", "WORKERS"), ("train", "TRAIN_RANKS")):
         result = launch(f"{launcher}.sh", *stage, DRY_RUN="1", **{variable: "0"})
         assert result.returncode == 2 and f"{variable}=0 is no number of processes" in result.stderr
+
+
+def test_reward_beside_its_rollout_on_request(tmp_path: Path) -> None:
+    arguments = ("--run", str(tmp_path / "run"), *SHAPES, "iterations=1", "rollout.workers=1", "reward.workers=1")
+    commands = dry_run("loop.sh", *arguments, "evaluate.prompts=", FOLLOW="1", FOLLOW_TIMEOUT="90")
+    assert [c.split("unified_rl.")[1].split()[0] for c in commands] == ["rollout", "reward", "train", "report"]
+    assert [c.endswith(" --follow --follow-timeout 90") for c in commands] == [False, True, False, False]
+    plan = [sys.executable, "-m", "unified_rl.launching", "plan", "--follow", *arguments, "--dry-run"]
+    answer = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert answer == ["evaluate 0", "rollout+reward 0", "train 0", "evaluate 1", "report 1"]
+    assert "--follow" not in " ".join(dry_run("loop.sh", *arguments))
 
 
 def test_train_on_several_machines_and_fixed_port() -> None:

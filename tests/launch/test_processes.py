@@ -130,6 +130,26 @@ def test_a_signal_passes_through_nested_launchers(folder: Path) -> None:
     assert all_gone(pids)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_launchers_side_by_side_end_together(folder: Path, fails: bool) -> None:
+    launchers = folder.parent / "launch"
+    launchers.mkdir()
+    waits = f"run_workers 1 \"$PYTHON\" '{worker_file(folder)}'"
+    ends = f"while [[ ! -s '{folder}/0' ]]; do sleep 0.05; done; exit 41"
+    other = ends if fails else waits.replace("run_workers 1", "run")  # without a rank: a file of its own
+    for name, script in (("one", waits), ("two", other)):
+        (launchers / f"{name}.sh").write_text(f"#!/bin/bash\n{SETUP}{script}")
+        (launchers / f"{name}.sh").chmod(0o755)
+    shell = start(f"ROOT='{folder.parent}'; stage one+two; echo after")
+    pids = wait_for_pids(folder, 1 if fails else 2)
+    if not fails:
+        shell.terminate()
+    output = shell.communicate(timeout=120)[0]
+    assert shell.returncode == (41 if fails else 75), output
+    assert "after" not in output
+    assert all_gone(pids)
+
+
 def test_workers_that_ignore_the_signal_are_killed(folder: Path) -> None:
     worker = worker_file(folder)
     worker.write_text(worker.read_text().replace("lambda *_: sys.exit(75)", "signal.SIG_IGN"))

@@ -110,6 +110,19 @@ def test_chain_of_two_iterations() -> None:
     ]
 
 
+def test_reward_that_follows_starts_with_its_rollout(tmp_path: Path, cluster: dict[str, str]) -> None:
+    run = tmp_path / "run"
+    result = submit("loop", "--run", str(run), *SHAPES, "iterations=1", FOLLOW="1", FOLLOW_TIMEOUT="1800", **cluster)
+    assert result.returncode == 0, result.stderr
+    given = [re.findall(r"<--dependency=(.*?)>", line) for line in record(cluster)]
+    assert given == [[], [], ["after:102"], ["afterok:103"], ["afterok:104"], ["afterok:101:105"]]
+    commands = [
+        re.findall(r"^COMMAND=\((.*)\)$", path.read_text(), re.M) for path in sorted(run.glob("slurm/*.sbatch"))
+    ]
+    follows = [command.endswith("--iteration 0 --follow --follow-timeout 1800") for (command,) in commands]
+    assert follows == [False, False, False, True, False, False]  # evaluate, evaluate, report, reward, rollout, train
+
+
 def test_what_is_committed_is_not_waited_for() -> None:
     jobs = plan_jobs([("train", 1), ("evaluate", 2), ("report", 2)])
     assert [job.after for job in jobs] == [(), ("train-0001",), ("evaluate-0002",)]

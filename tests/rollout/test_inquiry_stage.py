@@ -14,6 +14,7 @@ from unified_rl.report.html import write_report
 from unified_rl.report.inquiries import questions_table, tasks_table
 from unified_rl.report.tensorboard import write_tensorboard
 from unified_rl.report.truth import first_shard, read_truth
+from unified_rl.reward.following import RolloutGoneError
 from unified_rl.reward.inquiry import InquiryState, score_inquiries
 from unified_rl.reward.stage import reward, state_before
 from unified_rl.rollout.stage import rollout
@@ -102,6 +103,19 @@ def test_workers_and_kills_do_not_change_a_byte(request, tmp_path, images, monke
                 stage(run, 0, Ranks(1, 1, 2))
         assert run.manifest(0, stage.__name__) is None
         run_workers(stage, run, 2)
+    assert files(run) == files(whole)
+
+
+@pytest.mark.parametrize("loop", [UNDERSTANDING, GENERATION])
+def test_reward_that_follows_the_rollout_writes_the_same_bytes(request, tmp_path, images, loop):
+    whole = request.getfixturevalue("understood" if loop == UNDERSTANDING else "generated")
+    run = make_run(tmp_path / "run", images, loop)
+    assert rollout(run, 0, Ranks(1, 1, 2)) == EXIT_OK
+    with pytest.raises(RolloutGoneError):
+        reward(run, 0, Ranks(0, 0, 1), patience=0.0)
+    assert len(list(run.stage_folder(0, "reward").glob("*.tar"))) == 1
+    run_workers(rollout, run)
+    assert reward(run, 0, Ranks(0, 0, 1), patience=0.0) == EXIT_OK
     assert files(run) == files(whole)
 
 

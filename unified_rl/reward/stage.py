@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 from unified_rl.config import loop_of, open_run
@@ -16,6 +17,7 @@ from unified_rl.ledger import Run
 from unified_rl.manifests import LedgerError, Manifest, ShardInfo
 from unified_rl.records import RewardRecord, RolloutRecord
 from unified_rl.report.timing import append_timing
+from unified_rl.reward.following import SILENT_SECONDS, Arrivals
 from unified_rl.reward.inquiry import InquiryState, question_scores, rules_of, score_inquiries
 from unified_rl.reward.inquiry import summary_of as inquiry_summary
 from unified_rl.reward.self_consistency_metrics import question_metrics
@@ -29,7 +31,7 @@ from unified_rl.runtime import (
     log,
     progress,
     set_cpu_threads,
-    stage_arguments,
+    stage_parser,
 )
 from unified_rl.shards import read_records, write_records
 
@@ -44,15 +46,25 @@ class RewardError(StageError):
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of the stage."""
-    arguments = stage_arguments(STAGE, "python -m unified_rl.reward --run runs/demo --iteration 0", argv)
+    parser = stage_parser(STAGE, "python -m unified_rl.reward --run runs/demo --iteration 0 --follow")
+    parser.add_argument("--follow", action="store_true", help="score shards while the rollout still draws others")
+    parser.add_argument(
+        "--follow-timeout", type=float, default=SILENT_SECONDS, metavar="SECONDS",
+        help="give up after so long without a new shard and without a process at work on the rollout "
+        "(default %(default).0f)",
+    )  # fmt: skip
+    arguments = parser.parse_intermixed_args(argv)
     config = open_run(arguments.run, arguments.recipe, arguments.overrides)
     run, ranks = Run(arguments.run, config), current_ranks()
     with run.lock(f"{STAGE}-{ranks.rank}"):
-        return reward(run, arguments.iteration, ranks)
+        return reward(run, arguments.iteration, ranks, arguments.follow_timeout if arguments.follow else None)
 
 
-def reward(run: Run, iteration: int, ranks: Ranks) -> int:
+def reward(run: Run, iteration: int, ranks: Ranks, patience: float | None = None) -> int:
     """Score this worker's shards of an iteration; commits when all workers' shards are there.
+
+    Args:
+        patience: Follow a rollout in progress, see `Arrivals`; None: it must be committed.
 
     Raises:
         RewardError: more than reward.max_failed_share of the groups have a failed member.
@@ -60,19 +72,20 @@ def reward(run: Run, iteration: int, ranks: Ranks) -> int:
     if run.manifest(iteration, STAGE) is not None:
         log(f"iteration {iteration} is already committed")
         return EXIT_OK
-    started = time.monotonic()
-    source = run.require_manifest(iteration, "rollout")
-    indices = range(ranks.rank, len(source.shards), ranks.world_size)
-    mine = [i for i in indices if run.shard_mark(iteration, STAGE, i) is None]
+    todo = Arrivals(run, iteration, ranks, patience)
+    if todo.source is None:  # its workers hold the first GPUs
+        ranks = replace(ranks, local_rank=ranks.local_rank + run.config.rollout.workers)
     score = score_inquiry_shards if loop_of(run.config, iteration) == "understanding" else score_shards
-    if mine and score(run, iteration, source, mine, ranks) == EXIT_STOPPED:
+    if not todo.finished and score(run, iteration, todo, ranks) == EXIT_STOPPED:
         return EXIT_STOPPED
+    source = todo.source
     check_failures(run, iteration, source)
 
     extra = partial(manifest_extra, run, iteration, source)
-    manifest = run.commit_if_complete(iteration, STAGE, len(source.shards), source.policy_version, extra)
+    digests = [shard.sha256 for shard in source.shards]
+    manifest = run.commit_if_complete(iteration, STAGE, len(digests), source.policy_version, extra, digests)
     if manifest is not None:
-        append_timing(run.path, STAGE, iteration, time.monotonic() - started)
+        append_timing(run.path, STAGE, iteration, time.monotonic() - todo.committed_at)
         mean = manifest.extra.get("reward_mean")
         shown = "nothing has a score" if mean is None else f"mean reward {mean:.4f}"
         log(f"iteration {iteration}: {manifest.counts['images']} images, {shown}")
@@ -114,37 +127,34 @@ def manifest_extra(run: Run, iteration: int, source: Manifest, shards: list[Shar
     return {"loop": loop, "state": state.to_dict(), "metrics": question_metrics(scores)}
 
 
-def score_inquiry_shards(run: Run, iteration: int, source: Manifest, mine: list[int], ranks: Ranks) -> int:
-    """Score and store the questions of the shards with the indices `mine`; no model is needed."""
+def score_inquiry_shards(run: Run, iteration: int, todo: Arrivals, ranks: Ranks) -> int:
+    """Score and store the questions of the shards of `todo`; no model is needed."""
     state = state_before(run, iteration)
     with StopRequest() as stop:
-        for index in mine:
-            if stop.requested:
-                log(f"stopped on request before shard {index}; run the same command again to go on")
-                return EXIT_STOPPED
-            asked = list(read_records(run.stage_folder(iteration, "rollout"), [source.shards[index]], InquiryRecord))
+        for index, source in todo.until(stop):
+            asked = list(read_records(run.stage_folder(iteration, "rollout"), [source], InquiryRecord))
             records = score_inquiries(asked, state, run.config.self_consistency)
             info = write_records(run.stage_folder(iteration, STAGE) / f"shard-{index:05d}.tar", records)
-            run.mark_shard(iteration, STAGE, index, info, inquiry_summary(records))
-    return EXIT_OK
+            run.mark_shard(iteration, STAGE, index, info, inquiry_summary(records), source.sha256)
+    return EXIT_OK if todo.finished else EXIT_STOPPED
 
 
-def score_shards(run: Run, iteration: int, source: Manifest, mine: list[int], ranks: Ranks) -> int:
-    """Score and store the shards with the indices `mine`."""
+def score_shards(run: Run, iteration: int, todo: Arrivals, ranks: Ranks) -> int:
+    """Score and store the shards of `todo`."""
     # Imported here so that a committed iteration is passed over without loading torch.
     from unified_rl.reward.judges import Judges
 
     config = run.config
     set_cpu_threads(config.backbone.threads)
     judges = Judges(run, iteration, ranks)
-    total = sum(source.shards[i].count for i in mine)
+    total = todo.images()
     # Whole groups: some scores compare the images of a prompt.
     size = max(1, config.reward.batch_size // config.rollout.group_size) * config.rollout.group_size
     if config.reward.method != "self_consistency":
         size = config.reward.batch_size
     with StopRequest() as stop, progress(total, "scores") as bar:
-        for index in mine:
-            rollouts = list(read_records(run.stage_folder(iteration, "rollout"), [source.shards[index]], RolloutRecord))
+        for index, source in todo.until(stop):
+            rollouts = list(read_records(run.stage_folder(iteration, "rollout"), [source], RolloutRecord))
             records: list[RewardRecord] = []
             for start in range(0, len(rollouts), size):
                 if stop.requested:
@@ -154,9 +164,9 @@ def score_shards(run: Run, iteration: int, source: Manifest, mine: list[int], ra
                 bar.update(min(size, len(rollouts) - start))
             name = f"shard-{index:05d}.tar"
             info = write_records(run.stage_folder(iteration, STAGE) / name, records, may_be_empty=not rollouts)
-            run.mark_shard(iteration, STAGE, index, info, summary_of(records, config.reward.method))
+            run.mark_shard(iteration, STAGE, index, info, summary_of(records, config.reward.method), source.sha256)
             run.write_status(stage=STAGE, iteration=iteration, done=bar.done, total=total, eta_s=bar.eta_s)
-    return EXIT_OK
+    return EXIT_OK if todo.finished else EXIT_STOPPED
 
 
 def summary_of(records: list[RewardRecord], method: str) -> dict:
@@ -182,7 +192,7 @@ def summary_of(records: list[RewardRecord], method: str) -> dict:
 
 def check_failures(run: Run, iteration: int, source: Manifest) -> None:
     """Raise when too large a share of the groups scored so far has a failed member."""
-    marks = [run.shard_mark(iteration, STAGE, i) for i in range(len(source.shards))]
+    marks = [run.shard_mark(iteration, STAGE, i, shard.sha256) for i, shard in enumerate(source.shards)]
     failures = [failure for mark in marks if mark for failure in mark["failures"]]
     asked = loop_of(run.config, iteration) == "understanding"  # scores of whole images, not of samples of a prompt
     groups = {failure["key"] if asked else failure["key"].rpartition("_")[0] for failure in failures}
