@@ -155,6 +155,20 @@ def test_stored_control_is_shown(run, monkeypatch):
     assert "+0.011 (-0.020 .. +0.042)" in render(read_truth(run.path))
 
 
+def test_stored_gain_in_answers_is_shown_beside_that_in_drawings(run, monkeypatch):
+    def single(mean):
+        return {"mean": mean, "low": None, "high": None, "per_seed": [mean]}
+
+    evidence = {
+        "gain": single(0.2), "controls": {"shuffled": single(0.011)},
+        "understanding_gain": single(0.033), "understanding_controls": {"fixed_proposer": single(0.044)},
+    }  # fmt: skip
+    monkeypatch.setattr("unified_rl.report.html.stored_evidence", lambda config: evidence)
+    page = render(read_truth(run.path))
+    assert "change of sampled answers" in page and "Control: fixed proposer" in page
+    assert "+0.033" in page and "+0.044" in page and "+0.011" in page
+
+
 def test_group_view_is_sorted_by_advantage(run):
     truth = read_truth(run.path)
     rollouts, rewards = first_shard(truth, 0)

@@ -92,13 +92,19 @@ def highlights(rows: list[Difference]) -> str:
 
 
 def control_text(config: RunConfig) -> str:
-    """Stored result of the learning experiment and its shuffled-reward control."""
+    """Stored result of the learning experiment and its controls."""
     evidence = stored_evidence(config)
     if evidence is None:
         return ""
-    rows = [["This method", interval(evidence["gain"])]]
-    rows += [[f"Control: {escape(n.replace('_', ' '))}", interval(v)] for n, v in evidence["controls"].items()]
-    return table("Stored experiment over seeds: change of drawing accuracy, 95 % interval", ["Run", "Change"], rows)
+    measured = [("drawing accuracy", evidence["gain"], evidence["controls"])]
+    if "understanding_gain" in evidence:
+        measured.append(("sampled answers", evidence["understanding_gain"], evidence["understanding_controls"]))
+    text = ""
+    for name, gain, controls in measured:
+        rows = [["This method", interval(gain)]]
+        rows += [[f"Control: {escape(kind.replace('_', ' '))}", interval(v)] for kind, v in controls.items()]
+        text += table(f"Stored experiment over seeds: change of {name}, 95 % interval", ["Run", "Change"], rows)
+    return text
 
 
 def pictures_section(pairs: list[Pair]) -> str:
