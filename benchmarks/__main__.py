@@ -22,6 +22,8 @@ CPU = (
     "rollout_flow --layers 2",
     "reward --repeats 3",
     "questions --layers 4 --repeats 3",
+    "training_step --groups 1",
+    "iteration --prompts 64 --repeats 1",
     "growth",
 )
 CUDA = "--device cuda --dtype bfloat16"
@@ -31,11 +33,13 @@ GPU = (
     *(f"rollout_tokens {shape} --group {group} {CUDA}" for shape in JANUS for group in (16, 128)),
     f"rollout_flow {BAGEL} --prompts 1 --steps 49 {CUDA}",
     *(f"reward {shape} --side 24 {CUDA}" for shape in JANUS),
+    *(f"training_step {shape} --side 24 {CUDA}" for shape in JANUS),
 )
 SMOKE = (
     "rollout_tokens --width 256 --layers 1 --side 2 --group 2 --repeats 1",
     "rollout_flow --width 256 --layers 1 --side 2 --prompts 1 --group 2 --steps 3 --repeats 1",
     "reward --width 256 --layers 1 --side 2 --vocabulary 2000 --images 2 --repeats 1",
+    "training_step --width 256 --layers 1 --side 2 --vocabulary 2000 --groups 1 --group 2 --answers 2 --repeats 1",
 )
 
 

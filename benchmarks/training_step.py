@@ -1,8 +1,8 @@
 """One optimiser step against the plain loop: same weights, same batch, gradients compared.
 
 The plain loop keeps the reference model in the process and runs it beside the policy, computes the logits of every
-position in fp32 and normalises them all, takes the samples in random order and pads them to the longest, reads the image
-of every text anew. Both sides train LoRA adapters of the same values, in micro-batches of the same size, with AdamW.
+position in fp32 and normalises them all, takes the samples in random order and pads them to the longest, and reads the
+image of every text anew. Both sides train LoRA adapters of the same values by AdamW, in micro-batches of the same size.
 
 Images: GRPO on the tokens of G images of a prompt. Ours gets the reference's log-probs from the reward stage, which
 computes them where it draws nothing else, so they are no part of the step.
@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import nn

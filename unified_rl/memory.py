@@ -313,7 +313,7 @@ def _token_drawing(net: Network, images: int, prompt: int, guidance: bool) -> to
 
 def _decisions(distribution: Categorical, actions: torch.Tensor) -> torch.Tensor:
     log_probs = distribution.log_prob(actions)
-    divergence = distribution.kl_to(actions, log_probs.detach())
+    divergence = distribution.kl_to(log_probs, log_probs.detach())
     with torch.no_grad():
         distribution.entropy()
     return (log_probs + divergence).sum()

@@ -87,18 +87,32 @@ def test_estimated_divergence_by_hand():
     logits = torch.tensor([[[0.5, 0.5]]]).log().requires_grad_()
     taken = torch.tensor([[0]])
     policy = Categorical(logits)
-    estimate = policy.kl_to(taken, torch.tensor([[0.25]]).log())
+    log_probs = policy.log_prob(taken)
+    estimate = policy.kl_to(log_probs, torch.tensor([[0.25]]).log())
     assert estimate.item() == pytest.approx(math.log(2) - 0.5, rel=1e-6)
-    (slope,) = torch.autograd.grad(estimate, policy.log_probs)
-    assert slope[0, 0, 0].item() == pytest.approx(0.5, rel=1e-6)
-    assert Categorical(logits).kl_to(taken, Categorical(logits).reference(taken)).item() == 0
+    (slope,) = torch.autograd.grad(estimate, log_probs)
+    assert slope[0, 0].item() == pytest.approx(0.5, rel=1e-6)
+    assert policy.kl_to(log_probs, Categorical(logits).reference(taken)).item() == 0
+
+
+def test_chosen_log_probs_and_their_gradient_are_those_of_log_softmax():
+    generator = torch.Generator().manual_seed(0)
+    logits = (20 * torch.randn(3, 100, 40, generator=generator)).requires_grad_()  # more rows than a part
+    taken = torch.randint(40, (3, 100), generator=generator)
+    weights = torch.randn(3, 100, generator=generator)
+    found, expected = Categorical(logits).log_prob(taken), logits.log_softmax(-1).gather(-1, taken[..., None])[..., 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad((values * weights).sum(), logits)[0] for values in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(Categorical(logits).entropy(), entropy, atol=1e-5, rtol=1e-5)
 
 
 def test_estimated_divergence_averages_to_the_true_one():
     logits = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(0))
     policy, base = Categorical(logits[0].expand(5, 1, 5)), Categorical(logits[1].expand(5, 1, 5))
     every = torch.arange(5)[:, None]  # each token once, weighted by its probability
-    estimates = policy.kl_to(every, base.reference(every))[:, 0]
+    estimates = policy.kl_to(policy.log_prob(every), base.reference(every))[:, 0]
     assert (policy.log_probs[0, 0].exp() * estimates).sum().item() == pytest.approx(
         policy.kl(base)[0, 0].item(), rel=1e-5
     )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as every
-from benchmarks import rollout_flow, rollout_tokens
+from benchmarks import rollout_flow, rollout_tokens, training_step
 from benchmarks.measuring import Row, compare, report
 from benchmarks.models import bagel, janus
 from unified_rl.backbones.base import Sampling
 
+ROOT = Path(__file__).parents[2]
 FIELDS = {"table", "case", "ratio", "target", "ours", "theirs", "limit_fraction"}
 TINY = {
     "rollout_tokens": ("--width 256 --layers 1 --side 2 --group 2", 2),
@@ -22,6 +26,15 @@ TINY = {
     "questions": ("--width 256 --layers 1 --questions 2 --tokens 2", 4),
     "following": ("--prompts 2 --per-shard 1", 1),
     "growth": ("--images 1 2 --prompts 100 200 --ranks 1 2 --records 250 500", 9),
+}
+
+# Those that start processes, or leave DeepSpeed's marks on theirs.
+OF_PROCESSES = {
+    "training_step": (
+        "--width 256 --layers 1 --side 2 --vocabulary 2000 --groups 1 --group 2 --answers 2 --micro-batch 2",
+        4,
+    ),
+    "iteration": ("--prompts 2", 4),
 }
 
 
@@ -38,7 +51,20 @@ def test_benchmark(name, tmp_path, capsys):
     out = tmp_path / "deep" / "summary.json"
     # An exception or SystemExit is how a benchmark says that its sides differ.
     importlib.import_module(f"benchmarks.{name}").main([*options.split(), "--repeats", "1", "--out", str(out)])
-    summary, printed = json.loads(out.read_text()), capsys.readouterr().out
+    check(json.loads(out.read_text()), rows, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_PROCESSES)
+def test_benchmark_of_processes(name, tmp_path):
+    options, rows = OF_PROCESSES[name]
+    out = tmp_path / "summary.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options.split(), "--repeats", "1", "--out", out]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    check(json.loads(out.read_text()), rows, done.stdout)
+
+
+def check(summary: list[dict], rows: int, printed: str) -> None:
     assert len(summary) == rows
     for entry in summary:
         assert set(entry) == FIELDS
@@ -54,6 +80,12 @@ def test_tokens_of_other_weights_are_noticed():
     with torch.no_grad():
         backbone.model.model.generation_head.vision_head.weight.mul_(2)
     assert rollout_tokens.difference(backbone, drawn, 5.0) > 1e-2
+
+
+def test_a_peak_is_above_what_was_held():
+    before = training_step.held(most=False)
+    torch.ones(1 << 26).sum()
+    assert training_step.held(most=True) - before > 200e6
 
 
 def test_guidance_1_on_their_side_is_the_branch_with_the_prompt():
@@ -91,4 +123,4 @@ def test_target(case, ratio, met):
 
 
 def test_all_scripts_are_run_by_make_bench():
-    assert {line.split()[0] for line in every.CPU} == set(TINY)
+    assert {line.split()[0] for line in every.CPU} == TINY.keys() | OF_PROCESSES.keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 SHOWN = 5  # tensors that a message names
+PART = 256  # distributions that are normalised together
 
 
 class BackboneError(StageError):
@@ -275,7 +276,7 @@ class Categorical:
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """fp32 [B, S] of int64 [B, S] actions."""
-        return self.log_probs.gather(-1, actions[..., None])[..., 0]
+        return _ChosenLogProbs.apply(self.logits, actions)
 
     def kl(self, other: Categorical) -> torch.Tensor:
         """fp32 [B, S]: KL(self || other), summed over all V tokens."""
@@ -285,19 +286,49 @@ class Categorical:
         """What `kl_to` needs to know of these distributions when they are the base model's: fp32 [B, S]."""
         return self.log_prob(taken)
 
-    def kl_to(self, taken: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    def kl_to(self, log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """fp32 [B, S]: estimate of the KL towards the base model from the actions taken, never negative (k3).
 
         Args:
-            taken: int64 [B, S].
-            reference: the base model's `reference(taken)`.
+            log_probs: fp32 [B, S], `log_prob` of the actions.
+            reference: the base model's `reference` of them.
         """
-        delta = reference.float() - self.log_prob(taken)
+        delta = reference.float() - log_probs
         return torch.expm1(delta) - delta
 
     def entropy(self) -> torch.Tensor:
         """fp32 [B, S], nats."""
-        return -(self.log_probs.exp() * self.log_probs).sum(-1)
+
+        def of_rows(logits: torch.Tensor) -> torch.Tensor:
+            log_probs = logits.log_softmax(-1)
+            return -(log_probs.exp() * log_probs).sum(-1)
+
+        return _by_parts(of_rows, self.logits)
+
+
+class _ChosenLogProbs(torch.autograd.Function):
+    """`logits.log_softmax(-1)` at the actions.
+
+    It keeps the logits alone and makes no other tensor of their size than the gradient. torch's own way makes several,
+    which with the 16,384 tokens of images are much of a step's memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, actions)
+        return _by_parts(lambda rows, at: rows.log_softmax(-1).gather(-1, at[:, None])[:, 0], logits, actions)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, actions = ctx.saved_tensors
+        result = logits.softmax(-1).mul_(-gradient[..., None])
+        return result.scatter_add_(-1, actions[..., None], gradient[..., None]), None
+
+
+def _by_parts(function: Callable[..., torch.Tensor], logits: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """fp32 [B, S] of `function`, of rows [R, V] (and [R] of others) -> [R]; on few rows at a time it needs little."""
+    parts = zip(logits.flatten(0, -2).split(PART), *(other.flatten().split(PART) for other in others), strict=True)
+    return torch.cat([function(*part) for part in parts]).view(logits.shape[:-1])
 
 
 def uniform_streams(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -290,7 +290,7 @@ class JanusBackbone(TrainedWeights):
         """
         answer, answer_mask = self.inputs.responses(responses, end_of_turn)
         if torch.is_grad_enabled() or not images_repeat(images):
-            logits = self.answer_logits(images, questions, answer, answer_mask)
+            logits = self._logits_in_one_pass(images, questions, answer, answer_mask)
         else:
             decoder = self._prompted(images, questions, answer.shape[1])
             before = decoder.hidden[:, None]
@@ -302,19 +302,35 @@ class JanusBackbone(TrainedWeights):
     def answer_logits(
         self, images: Sequence[np.ndarray | None], questions: Sequence[str], ids: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """fp32 [B, T, V] logits at temperature 1 that predict each of the given tokens, in one differentiable forward.
+        """fp32 [B, T, V] logits at temperature 1 that predict each of the given tokens, differentiable.
+
+        An image that several rows have is read once, unless activations are recomputed, which excludes a cache. Rows
+        without common images take the same two passes, so that all ranks of ZeRO-3 run the same modules.
 
         Args:
             ids: int64 [B, T] as `rollout_text` sampled them; mask: [B, T], 1 at tokens, with padding on the right,
                 where the logits mean nothing.
         """
+        recomputes = any(layer.training for layer in self.model.model.language_model.layers)
+        if recomputes or any(image is None for image in images):
+            return self._logits_in_one_pass(images, questions, ids, mask)
+        starts, pixels, rows, prompts, prompt_mask = self.inputs.shared_reading(images, questions)
+        whole, whole_mask = _before_last(prompts, prompt_mask, ids, mask)
+        decoder = self._shared(starts, pixels, rows, whole.shape[1])
+        hidden = decoder.step(self.model.get_input_embeddings()(whole), whole_mask)
+        return self.model.lm_head(hidden[:, prompts.shape[1] - 1 :]).float()
+
+    def _logits_in_one_pass(
+        self, images: Sequence[np.ndarray | None], questions: Sequence[str], ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """As `answer_logits`, with every row's image read for itself."""
         prompts, prompt_mask, pixels = self.inputs.reading(images, questions)
-        whole = torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask)], 1)  # nobody reads the last answer token
+        whole, whole_mask = _before_last(prompts, prompt_mask, ids, mask)
         hidden = self.model.model(
-            input_ids=torch.cat([prompts, ids[:, :-1].to(prompts)], 1),
+            input_ids=whole,
             pixel_values=None if pixels is None else pixels.to(self.model.dtype),
-            attention_mask=whole,
-            position_ids=positions_of(whole),
+            attention_mask=whole_mask,
+            position_ids=positions_of(whole_mask),
             use_cache=False,
         ).last_hidden_state
         return self.model.lm_head(hidden[:, prompts.shape[1] - 1 :]).float()
@@ -365,12 +381,15 @@ class JanusBackbone(TrainedWeights):
             rows = torch.arange(len(ids), device=ids.device)
             return PrefixDecoder(language_model, self._reading_embeddings(ids, pixels), mask, rows, room)
         starts, pixels, rows, ids, mask = self.inputs.shared_reading(images, questions)
-        embeddings, room = self._reading_embeddings(starts, pixels), ids.shape[1] + room
-        decoder = PrefixDecoder(language_model, embeddings, torch.ones_like(starts), rows, room)
+        decoder = self._shared(starts, pixels, rows, ids.shape[1] + room)
         decoder.step(self.model.get_input_embeddings()(ids), mask)
         return decoder
 
-    @torch.no_grad()
+    def _shared(self, starts: torch.Tensor, pixels: torch.Tensor, rows: torch.Tensor, room: int) -> PrefixDecoder:
+        """After images ended by `starts` [D, T]; row i continues number rows[i], see `shared_reading`."""
+        embeddings = self._reading_embeddings(starts, pixels)
+        return PrefixDecoder(self.model.model.language_model, embeddings, torch.ones_like(starts), rows, room)
+
     def _reading_embeddings(self, ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
         embeddings = self.model.get_input_embeddings()(ids)
         if pixels is None:
@@ -378,6 +397,13 @@ class JanusBackbone(TrainedWeights):
         features = self.model.model.get_image_features(pixels.to(self.model.dtype)).pooler_output
         places = (ids == self.model.config.image_token_id)[..., None].expand_as(embeddings)
         return embeddings.masked_scatter(places, features.to(embeddings.dtype))
+
+
+def _before_last(
+    prompts: torch.Tensor, prompt_mask: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts and answers as one sequence without the last answer token, which nobody reads; ids and mask."""
+    return torch.cat([prompts, ids[:, :-1].to(prompts)], 1), torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask)], 1)
 
 
 def refuse_plans(plans: Sequence[str] | None) -> None:

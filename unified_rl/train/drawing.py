@@ -50,7 +50,7 @@ class DrawingPath(nn.Module):
         distribution = self.image_dist(prompts, trajectory, sampling, steps, plans)
         taken = trajectory.taken if steps is None else trajectory.taken[:, list(steps)]
         log_probs = distribution.log_prob(taken)
-        kl = torch.zeros_like(log_probs) if reference is None else distribution.kl_to(taken, reference)
+        kl = torch.zeros_like(log_probs) if reference is None else distribution.kl_to(log_probs, reference)
         with torch.no_grad():
             entropy = distribution.entropy()
         return log_probs, kl, entropy

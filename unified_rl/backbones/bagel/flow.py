@@ -190,7 +190,7 @@ class Gaussian:
         """What `kl_to` needs to know of these distributions when they are the base model's: fp32 [B, S, N, D]."""
         return self.mean
 
-    def kl_to(self, taken: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    def kl_to(self, log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """fp32 [B, S]: exact KL towards the base model's steps, nats per number, whatever the actions taken.
 
         Args:
