@@ -3,7 +3,7 @@
 `ours` is what the launchers take for rollout, reward and train, one after the other, as the loop starts them: shells,
 interpreters, imports, and the waiting between. `theirs` is the compute: the same stages in a process that has imported
 everything before the clock starts, each with its reading and writing, its model's weights and its engine. Both work on
-one iteration of a run of their own, with one worker and one rank; the weights that come out have to be equal bit by bit.
+an iteration of a run of their own, with one worker and one rank; the weights that come out have to be the same bits.
 
 The clock of `--clock cpu` counts the CPU seconds of the launchers and all that they start.
 

@@ -91,6 +91,29 @@ def test_scores_on_a_shared_image_are_those_with_gradients(backbone, end):
     assert (single.log_probs - again.log_probs).abs().max() < 1e-4
 
 
+def test_logits_and_gradients_on_a_shared_image_are_those_on_it_alone(random_janus_folder, monkeypatch):
+    backbone = JanusBackbone.from_pretrained(random_janus_folder)
+    layers = backbone.model.model.language_model.layers
+    weights = [layers[0].self_attn.k_proj.weight, layers[0].mlp.up_proj.weight, layers[-1].self_attn.v_proj.weight]
+    for weight in weights:
+        weight.requires_grad_()
+    images = [picture(), picture().copy(), picture(16, 24, 1)]
+    ids, mask = torch.tensor([[3, 4, 5], [6, 7, 8], [9, 0, 0]]), torch.tensor([[1.0] * 3, [1.0] * 3, [1.0, 0, 0]])
+
+    def run(rows):
+        inputs = [images[i] for i in rows], [QUESTIONS[i] for i in rows], ids[rows], mask[rows]
+        logits = backbone.answer_logits(*inputs) * inputs[-1][..., None]
+        return logits, torch.autograd.grad(logits.log_softmax(-1)[..., 5].sum(), weights)
+
+    together, gradients = run([0, 1, 2])
+    alone = [run([row]) for row in range(3)]
+    assert torch.allclose(together, torch.cat([logits for logits, _ in alone]), atol=1e-4)
+    for i, gradient in enumerate(gradients):
+        assert torch.allclose(gradient, sum(single[i] for _, single in alone), atol=1e-4, rtol=1e-3)
+        assert gradient.abs().max() > 1e-3
+    assert seen_pictures(backbone, monkeypatch, lambda: run([0, 1, 2])) == [2]
+
+
 def test_an_image_is_read_once(backbone, monkeypatch):
     calls = (
         lambda: backbone.rollout_text(pictures(), QUESTIONS, [0] * 6, 2, 0.0),
