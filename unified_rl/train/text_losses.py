@@ -32,12 +32,15 @@ class RoleState:
     baseline: RunningMean
 
     @classmethod
-    def of(cls, config: RunConfig, stored: Mapping[str, Any] | None) -> RoleState:
-        """The `stored` state, or the one to begin with."""
+    def of(cls, config: RunConfig, stored: Mapping[str, Any] | None, rewards: Sequence[float]) -> RoleState:
+        """The `stored` state, or the one to begin with in an iteration with these `rewards`.
+
+        A baseline that began at 0 would reinforce whatever was answered until it has caught up, random rewards too.
+        """
         if stored:
             return cls(KlController.from_dict(stored["controller"]), RunningMean.from_dict(stored["baseline"]))
         roles = config.self_consistency
-        return cls(KlController(target=roles.kl_target, rate=roles.kl_rate), RunningMean())
+        return cls(KlController(target=roles.kl_target, rate=roles.kl_rate), RunningMean(statistics.fmean(rewards or [0.0])))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
