@@ -23,7 +23,7 @@ CPU = (
     "reward --repeats 3",
     "questions --layers 4 --repeats 3",
     "training_step --groups 1",
-    "iteration --prompts 64 --repeats 1",
+    "iteration --repeats 1",
     "growth",
 )
 CUDA = "--device cuda --dtype bfloat16"
