@@ -205,11 +205,12 @@ def test_drawings_are_held_to_what_the_solver_sees(generated, images):
         assert metadata["image_id"] == record.prompt.prompt_id and 0.35 <= metadata["quality"] <= 1
         assert len(metadata["pairs"]) >= 2
     good = [r for r in scored if r.status == "ok"]
+    weight = generated.config.self_consistency.cycle_weight
     assert good
     for record in good:
         parts = record.components
         assert 0 <= record.reward <= 1 and "reference_log_probs" in record.tensors
-        positive = (0.65 * parts["fidelity"] + 0.20 * parts["cycle"]) / 0.85 - 0.20 * parts["contradiction"]
+        positive = (0.65 * parts["fidelity"] + weight * parts["cycle"]) / (0.65 + weight) - 0.20 * parts["contradiction"]
         assert record.reward == pytest.approx(parts["quality"] * min(max(positive, 0), 1))
     extra = generated.require_manifest(0, "reward").extra
     assert extra["fidelity_mean"] == pytest.approx(sum(r.components["fidelity"] for r in good) / len(good))
