@@ -210,7 +210,8 @@ def test_drawings_are_held_to_what_the_solver_sees(generated, images):
     for record in good:
         parts = record.components
         assert 0 <= record.reward <= 1 and "reference_log_probs" in record.tensors
-        positive = (0.65 * parts["fidelity"] + weight * parts["cycle"]) / (0.65 + weight) - 0.20 * parts["contradiction"]
+        mean = (0.65 * parts["fidelity"] + weight * parts["cycle"]) / (0.65 + weight)
+        positive = mean - 0.20 * parts["contradiction"]
         assert record.reward == pytest.approx(parts["quality"] * min(max(positive, 0), 1))
     extra = generated.require_manifest(0, "reward").extra
     assert extra["fidelity_mean"] == pytest.approx(sum(r.components["fidelity"] for r in good) / len(good))

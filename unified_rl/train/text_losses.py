@@ -40,7 +40,8 @@ class RoleState:
         if stored:
             return cls(KlController.from_dict(stored["controller"]), RunningMean.from_dict(stored["baseline"]))
         roles = config.self_consistency
-        return cls(KlController(target=roles.kl_target, rate=roles.kl_rate), RunningMean(statistics.fmean(rewards or [0.0])))
+        controller = KlController(target=roles.kl_target, rate=roles.kl_rate)
+        return cls(controller, RunningMean(statistics.fmean(rewards or [0.0])))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
