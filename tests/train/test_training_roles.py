@@ -144,7 +144,7 @@ def test_first_step_equals_plain_pytorch(runs, family, role):
         advantages, _ = group_advantages(rewards.view(2, -1))
         loss, _ = grpo_loss(log_probs, log_probs.detach(), kl, advantages.flatten(), mask, 0.2, 0.2, 0.01)
     else:
-        loss, _ = reinforce_loss(log_probs, rewards - 0.0, mask, kl, 0.01)  # the baseline begins at 0
+        loss, _ = reinforce_loss(log_probs, rewards - data.reward_mean, mask, kl, 0.01)  # the baseline begins at the mean
     loss.mean().backward()
     norm = torch.stack([p.grad.norm() for p in backbone.model.parameters() if p.grad is not None]).norm()
     row = next(row for row in metrics_of(run) if row["role"] == role)
@@ -166,8 +166,9 @@ def test_metrics_and_manifest(runs, family):
         assert {f"{row['role']}/{name}" for name in common} <= row.keys()
         assert all(name.startswith(f"{row['role']}/") for name in row.keys() - {"role", "iteration", "step"})
     assert [row["solver/lr"] for row in rows[2:]] == [2e-3] * 2 and rows[0]["proposer/lr"] == 1e-3
-    assert rows[2]["solver/baseline"] == 0
-    assert rows[3]["solver/baseline"] == pytest.approx(0.4 * rows[2]["solver/reward"])
+    start = load_data(run, 0, "solver").reward_mean
+    assert rows[2]["solver/baseline"] == pytest.approx(start) and start != 0
+    assert rows[3]["solver/baseline"] == pytest.approx(0.6 * start + 0.4 * rows[2]["solver/reward"])
     assert rows[3]["solver/kl"] > 0 and rows[3]["solver/kl_coefficient"] != rows[2]["solver/kl_coefficient"]
     manifest = run.manifest(0, "train")
     assert manifest.counts == {
