@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -57,6 +58,8 @@ from unified_rl.train.update import Updater
 RANK, ALPHA = 16, 32
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 KL = 0.03
+# glibc gives freed memory back at once: else a peak is mostly holes, which differ from run to run.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 Gradients = dict[str, torch.Tensor]
 
 
@@ -285,7 +288,8 @@ def peak(arguments: Namespace) -> None:
 def measured_peak(side: str, work: str, argv: Sequence[str]) -> int:
     """`peak` of a process of its own."""
     command = [sys.executable, "-m", "benchmarks.training_step", *argv, "--peak", side, work]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **RETURNED})
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def rows(arguments: Namespace, argv: Sequence[str], work: str, limits: Limits) -> list[Row]:

@@ -100,12 +100,17 @@ def test_chosen_log_probs_and_their_gradient_are_those_of_log_softmax():
     logits = (20 * torch.randn(3, 100, 40, generator=generator)).requires_grad_()  # more rows than a part
     taken = torch.randint(40, (3, 100), generator=generator)
     weights = torch.randn(3, 100, generator=generator)
-    found, expected = Categorical(logits).log_prob(taken), logits.log_softmax(-1).gather(-1, taken[..., None])[..., 0]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    gradients = [torch.autograd.grad((values * weights).sum(), logits)[0] for values in (found, expected)]
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    expected = logits.log_softmax(-1).gather(-1, taken[..., None])[..., 0]
+    (slope,) = torch.autograd.grad((expected * weights).sum(), logits)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(Categorical(logits).entropy(), entropy, atol=1e-5, rtol=1e-5)
+    policy = Categorical(logits)
+    torch.testing.assert_close(policy.entropy(), entropy, atol=1e-5, rtol=1e-5)
+    found = policy.log_prob(taken)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    loss = (found * weights).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], slope, atol=1e-6, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="inplace"):  # the logits are gone
+        loss.backward()
 
 
 def test_estimated_divergence_averages_to_the_true_one():

@@ -275,7 +275,7 @@ class Categorical:
         return self.logits.log_softmax(-1)
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
-        """fp32 [B, S] of int64 [B, S] actions."""
+        """fp32 [B, S] of int64 [B, S] actions; its backward pass writes over `logits`."""
         return _ChosenLogProbs.apply(self.logits, actions)
 
     def kl(self, other: Categorical) -> torch.Tensor:
@@ -309,8 +309,9 @@ class Categorical:
 class _ChosenLogProbs(torch.autograd.Function):
     """`logits.log_softmax(-1)` at the actions.
 
-    It keeps the logits alone and makes no other tensor of their size than the gradient. torch's own way makes several,
-    which with the 16,384 tokens of images are much of a step's memory.
+    It makes no other tensor as large as the logits, not even their gradient: that is written over them, and autograd
+    refuses who still needs them. torch's own way makes several, which with 16,384 image tokens are much of a step's
+    memory.
     """
 
     @staticmethod
@@ -321,8 +322,10 @@ class _ChosenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, actions = ctx.saved_tensors
-        result = logits.softmax(-1).mul_(-gradient[..., None])
-        return result.scatter_add_(-1, actions[..., None], gradient[..., None]), None
+        rows, slopes = logits.flatten(0, -2), gradient.flatten()
+        for part, slope in zip(rows.split(PART), slopes.split(PART), strict=True):
+            part.copy_(part.softmax(-1).mul_(-slope[:, None]))
+        return rows.scatter_add_(-1, actions.flatten()[:, None], slopes[:, None]).view(logits.shape), None
 
 
 def _by_parts(function: Callable[..., torch.Tensor], logits: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

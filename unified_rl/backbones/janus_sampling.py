@@ -159,7 +159,7 @@ def guided(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.guidance_scale != 1:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
-    return logits / sampling.temperature
+    return logits if sampling.temperature == 1 else logits / sampling.temperature  # the same numbers, no copy
 
 
 @torch.no_grad()
