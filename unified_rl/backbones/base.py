@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 SHOWN = 5  # tensors that a message names
-PART = 256  # distributions that are normalised together
+PART = 64  # distributions that are normalised together
 
 
 class BackboneError(StageError):
