@@ -22,7 +22,8 @@ CPU = (
     "rollout_flow --layers 2",
     "reward --repeats 3",
     "questions --layers 4 --repeats 3",
-    "training_step --groups 1",
+    "training_step --groups 1 --work images --recompute 0.25",
+    "training_step --groups 1 --work texts",
     "iteration --repeats 1",
     "growth",
 )

@@ -146,6 +146,8 @@ def ours(arguments: Namespace, data: IterationData | TextData, vocabulary: int) 
     accumulation = micro_batches_per_rank(len(data.samples), 1, arguments.micro_batch)
     name = "zero3_cpu" if arguments.dtype == "float32" else "zero3_bf16"
     ds_config = zero3.load_ds_config(name, arguments.dtype, arguments.micro_batch, accumulation, 1, 1.0)
+    if arguments.recompute:
+        backbone.enable_activation_checkpointing(arguments.recompute)
     engine = zero3.Zero3Engine((ReadingPath if texts else DrawingPath)(backbone), ds_config)
     old = [s.old_log_probs for s in data.samples]
     state = RoleState(KlController(coefficient=KL), RunningMean())
@@ -326,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--answers", type=int, default=7, help="texts about an image")
     parser.add_argument("--tokens", type=int, default=16, help="of an answer at most")
     parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--recompute", type=float, default=0.0, help="our train.activation_checkpointing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--work", choices=("images", "texts"), nargs="+", default=["images", "texts"])

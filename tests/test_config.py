@@ -115,6 +115,7 @@ def test_an_unknown_key_in_a_recipe_names_the_file(tmp_path: Path) -> None:
         "iterations=1.5",
         "train.learning_rate=fast",
         "train.activation_checkpointing=maybe",
+        "train.activation_checkpointing=1.5",
         "rollout.group_size=",
     ],
 )

@@ -197,7 +197,7 @@ class TrainConfig:
     epochs: int = 1  # passes over the iteration's groups; the Solver makes one
     micro_batch: int = 8  # images or texts per forward on each rank
     old_log_probs: str = "rollout"  # rollout: as sampled; recomputed: by the trainer before the first step
-    activation_checkpointing: bool = False
+    activation_checkpointing: float = 0.0  # share of the language model's layers that the backward pass runs again
     keep_checkpoints: int = 2
     timeout_s: float = 600.0  # seconds that ranks wait for each other, in every operation, before training fails
 

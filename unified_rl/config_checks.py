@@ -92,6 +92,7 @@ ABOVE_ZERO = (
 )
 SHARES = (
     "reward.max_failed_share",
+    "train.activation_checkpointing",
     "policy.hidden_prompts",
     "self_consistency.reference_share",
     "self_consistency.min_quality",

@@ -171,8 +171,8 @@ class Network:
         parts = [*self.model.parameters(), *(self.vae.parameters() if self.vae else ())]
         return sum(p.numel() * p.element_size() for p in parts)
 
-    def train(self, scope: str, lora: tuple[int, int], recompute: bool) -> int:
-        """Let the weights of `scope` require gradients; their number."""
+    def train(self, scope: str, lora: tuple[int, int], recompute: float) -> int:
+        """Let the weights of `scope` require gradients, and recompute a share of the layers; their number."""
         kind = JanusBackbone if self.family == "janus" else BagelBackbone
         self.model.requires_grad_(False)
         if scope == "lora":
@@ -183,9 +183,9 @@ class Network:
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(True)
         if recompute and self.family == "bagel":
-            self.model.enable_activation_checkpointing()
+            self.model.enable_activation_checkpointing(recompute)
         elif recompute:
-            JanusBackbone.recompute_layers(self.model)
+            JanusBackbone.recompute_layers(self.model, recompute)
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 

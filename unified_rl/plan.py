@@ -152,10 +152,10 @@ def plan_text(model: str, config: RunConfig, nodes: int, gpus: int, a: Assumptio
         "reward": memory.reward_memory(net, config, prompt),
     }
     for scope in ("lora", "full"):
-        for recompute in (False, True):
+        for recompute in sorted({0.0, config.train.activation_checkpointing, 1.0}):
             settings = replace(config.train, scope=scope, activation_checkpointing=recompute)
             net = memory.network(model, config.backbone.dtype)
-            name = f"train {scope}{', checkpointing' if recompute else ''}"
+            name = f"train {scope}{f', checkpointing {recompute:.0%}' if recompute else ''}"
             chosen = (scope, recompute) == (config.train.scope, config.train.activation_checkpointing)
             stages[name + (" *" if chosen else "")] = memory.train_memory(
                 net, replace(config, train=settings), world, prompt

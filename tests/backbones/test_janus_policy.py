@@ -213,18 +213,19 @@ def test_an_adapter_of_another_rank_is_refused(random_janus_folder, tmp_path):
 @SCOPES
 def test_activation_checkpointing_gives_the_same_gradients(random_janus_folder, scope):
     results = []
-    for checkpointing in (False, True):
+    for share in (0.0, 0.5, 1.0):
         backbone = load(random_janus_folder, scope)
         change(backbone, scope)
         for name, parameter in backbone.model.named_parameters():
             parameter.requires_grad_(name in backbone.trainable_names(scope))
-        if checkpointing:
-            backbone.enable_activation_checkpointing()
+        if share:
+            backbone.enable_activation_checkpointing(share)
         calls = []
-        backbone.model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        for i, layer in enumerate(backbone.model.model.language_model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, c=calls, i=i: c.append(i))
         results.append(gradients(backbone))
-        assert len(calls) == (2 if checkpointing else 1)
+        assert sorted(calls) == {0.0: [0, 1], 0.5: [0, 0, 1], 1.0: [0, 0, 1, 1]}[share]
     with pytest.raises(BackboneError, match="activation checkpointing"):
         backbone.rollout_images(PROMPTS, [0, 1], GUIDED)
-    plain, checkpointed = results
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    plain, *checkpointed = results
+    assert all(torch.equal(plain[name], other[name]) for other in checkpointed for name in plain)

@@ -12,10 +12,10 @@ from unified_rl.runtime import set_cpu_threads
 BIG = ["train.groups_per_step=3", "train.micro_batch=12"]
 CASES = {
     "janus-full": ("janus", ["train.scope=full"]),
-    "janus-full-recomputed": ("janus", ["train.scope=full", "train.activation_checkpointing=true"]),
+    "janus-full-recomputed": ("janus", ["train.scope=full", "train.activation_checkpointing=1"]),
     "janus-lora": ("janus", ["train.scope=lora", "train.lora.rank=8"]),
     "bagel-full": ("bagel", ["train.scope=full"]),
-    "bagel-full-recomputed": ("bagel", ["train.scope=full", "train.activation_checkpointing=true"]),
+    "bagel-full-recomputed": ("bagel", ["train.scope=full", "train.activation_checkpointing=1"]),
     "bagel-lora": ("bagel", ["train.scope=lora", "train.lora.rank=8"]),
 }
 TOLERANCE = 0.15

@@ -89,7 +89,7 @@ def more_runs(two_ranks, scored_run, random_janus_folder, tmp_path_factory):
     runs["stopped"] = copy_run(scored_run, folder / "stopped")
     lora = ["train.scope=lora", "train.lora.rank=4", "train.lora.alpha=8"]
     runs["lora"] = open_scored_run(folder / "lora", random_janus_folder, *lora)
-    again = ["train.activation_checkpointing=true", "train.old_log_probs=recomputed"]
+    again = ["train.activation_checkpointing=1", "train.old_log_probs=recomputed"]
     runs["recomputed"] = open_scored_run(folder / "recomputed", random_janus_folder, *again)
     for run in (runs["lora"], runs["recomputed"]):
         for stage in ("rollout", "reward"):

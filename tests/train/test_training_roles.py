@@ -144,7 +144,7 @@ def test_first_step_equals_plain_pytorch(runs, family, role):
         advantages, _ = group_advantages(rewards.view(2, -1))
         loss, _ = grpo_loss(log_probs, log_probs.detach(), kl, advantages.flatten(), mask, 0.2, 0.2, 0.01)
     else:
-        loss, _ = reinforce_loss(log_probs, rewards - data.reward_mean, mask, kl, 0.01)  # the baseline begins at the mean
+        loss, _ = reinforce_loss(log_probs, rewards - data.reward_mean, mask, kl, 0.01)  # where the baseline begins
     loss.mean().backward()
     norm = torch.stack([p.grad.norm() for p in backbone.model.parameters() if p.grad is not None]).norm()
     row = next(row for row in metrics_of(run) if row["role"] == role)

@@ -7,6 +7,7 @@ leave eval.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -144,15 +145,16 @@ class JanusBackbone(TrainedWeights):
         inner = self.model.model
         return [inner.vqmodel, inner.generation_embeddings, inner.generation_aligner, inner.generation_head]
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute the language model's layers in the backward pass; rollouts are refused from then on (no cache)."""
-        self.recompute_layers(self.model)
+    def enable_activation_checkpointing(self, share: float = 1.0) -> None:
+        """Recompute a share of the language model's layers in the backward pass; rollouts are refused from then on."""
+        self.recompute_layers(self.model, share)
 
     @staticmethod
-    def recompute_layers(model: nn.Module) -> None:
-        """Checkpoint the layers of a Janus's language model."""
+    def recompute_layers(model: nn.Module, share: float) -> None:
+        """Checkpoint the first `share` of the layers of a Janus's language model; it keeps no cache then."""
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.model.language_model.layers:
+        layers = model.model.language_model.layers
+        for layer in layers[: math.ceil(share * len(layers))]:
             layer.training = True  # of the layer alone: transformers checkpoints only layers in training mode
 
     def save_checkpoint(self, folder: Path) -> None:

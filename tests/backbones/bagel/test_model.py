@@ -215,10 +215,11 @@ def test_recomputed_layers_give_the_same_gradients(fresh):
 
     fresh.requires_grad_(True)
     plain = gradients()
-    fresh.enable_activation_checkpointing()
-    recomputed = gradients()
-    assert plain.keys() == recomputed.keys()
-    assert all((plain[name] - recomputed[name]).abs().max() < 1e-7 for name in plain)
+    for share in (0.5, 1.0):
+        fresh.enable_activation_checkpointing(share)
+        recomputed = gradients()
+        assert plain.keys() == recomputed.keys()
+        assert all((plain[name] - recomputed[name]).abs().max() < 1e-7 for name in plain)
 
 
 @torch.no_grad()

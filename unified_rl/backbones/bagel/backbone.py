@@ -124,9 +124,9 @@ class BagelBackbone(TrainedWeights):
         experts = [m for name, m in model.language_model.named_modules() if name.endswith("_moe_gen")]
         return [model.vae2llm, model.llm2vae, model.time_embedder, model.latent_pos_embed, *experts]
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute the language model's layers in the backward pass; rollouts are as before."""
-        self.model.enable_activation_checkpointing()
+    def enable_activation_checkpointing(self, share: float = 1.0) -> None:
+        """Recompute a share of the language model's layers in the backward pass; rollouts are as before."""
+        self.model.enable_activation_checkpointing(share)
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write the whole model as a checkpoint folder; adapters have to be merged before.

@@ -192,15 +192,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.norm_moe_gen = RMSNorm(config.hidden, config.norm_eps)
-        self.recompute = False
+        self.recomputed = 0  # layers that the backward pass runs again, from the first one on
 
     def forward(self, states: Hidden, shared: Pass) -> tuple[Hidden, list[LayerCache]]:
         """Normed states after the last layer, and every layer's cache."""
         understanding, generation, caches = states.understanding, states.generation, []
-        recompute = self.recompute and torch.is_grad_enabled()
+        recomputed = self.recomputed if torch.is_grad_enabled() else 0
         for index, layer in enumerate(self.layers):
             arguments = (understanding, generation, shared, index)
-            outputs = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+            outputs = checkpoint(layer, *arguments, use_reentrant=False) if index < recomputed else layer(*arguments)
             understanding, generation, cache = outputs
             caches.append(cache)
         drawn = None if generation is None else self.norm_moe_gen(generation)

@@ -11,6 +11,8 @@ pictures the vision tower.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,9 +49,10 @@ class BagelModel(nn.Module):
         self.llm2vae = nn.Linear(hidden, config.latent_width)
         self.latent_pos_embed = PositionTable(config.latent_side, hidden)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute the language model's layers in the backward pass; passes without gradients are as before."""
-        self.language_model.model.recompute = True
+    def enable_activation_checkpointing(self, share: float = 1.0) -> None:
+        """Recompute the first `share` of the language model's layers in the backward pass."""
+        decoder = self.language_model.model
+        decoder.recomputed = math.ceil(share * len(decoder.layers))
 
     def forward(self, packed: Packed, context: Context) -> tuple[Hidden, Context]:
         """Run one pass.
