@@ -20,6 +20,7 @@ GPU_SUMMARY = SUMMARY.with_name("summary_gpu.json")
 CPU = (
     "rollout_tokens --layers 4 --repeats 1",
     "rollout_flow --layers 2",
+    "rollout_engine --layers 4 --side 8 --repeats 1",
     "reward --repeats 3",
     "questions --layers 4 --repeats 3",
     "training_step --groups 1 --work images --recompute 0.25",

@@ -35,6 +35,7 @@ OF_PROCESSES = {
         4,
     ),
     "iteration": ("--prompts 2", 4),
+    "rollout_engine": ("--width 256 --layers 1 --side 2 --group 2", 2),
 }
 
 
