@@ -9,6 +9,7 @@ from transformers import JanusProcessor
 
 from unified_rl.backbones.base import BackboneError, Sampling, TokenTraj
 from unified_rl.backbones.janus import JanusBackbone
+from unified_rl.backbones.janus_sampling import packed_linears
 
 PROMPTS = ["a red circle", "two blue squares and a green ring", "a cross"]
 PLAIN, GUIDED = Sampling(), Sampling(temperature=0.9, guidance_scale=3.0)
@@ -382,3 +383,16 @@ def test_wrong_folders_are_named(tmp_path, random_janus_folder):
     (tmp_path / "config.json").write_text('{"model_type": "multi_modality"}')
     with pytest.raises(BackboneError, match="deepseek-community"):
         JanusBackbone.from_pretrained(tmp_path)
+
+
+def test_packed_linears_give_the_same_and_are_gone_afterwards(janus):
+    heads = janus.model.model.generation_head
+    states = torch.randn(8, heads.proj_out.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = heads(states)
+        with pytest.raises(KeyError), packed_linears([heads], 8):
+            assert "forward" in vars(heads.vision_head)
+            torch.testing.assert_close(heads(states), expected, atol=1e-5, rtol=1e-5)
+            raise KeyError
+        assert torch.equal(heads(states), expected)
+    assert "forward" not in vars(heads.vision_head)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from unified_rl.policy.reward_weighted import flow_cell_losses, reward_weighted_loss, token_cell_losses
+from unified_rl.policy.reward_weighted import reward_weighted_loss
 
 
 def loss_of(losses, rewards, mask=None, **options):
@@ -30,7 +30,7 @@ def test_one_weighted_loss_equals_the_two_terms_of_the_paper(reference_weight):
     reference_term = ((velocity - (noise - clean)) ** 2).mean(dim=(1, 2))
     two_terms = reward_term + reference_weight * reference_term
     (wanted,) = torch.autograd.grad(two_terms.sum(), velocity)
-    cells = flow_cell_losses(velocity, clean, noise)
+    cells = ((velocity - (noise - clean)) ** 2).mean(dim=2)
     loss, metrics = reward_weighted_loss(
         cells, rewards, torch.ones(3, 12), reference_weight=reference_weight, min_weight=-math.inf
     )
@@ -46,14 +46,14 @@ def test_the_identity_holds_for_tokens_too():
     log_probs = -torch.rand(2, 6, dtype=torch.float64) * 5
     rewards = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)
     two_terms = (rewards * -log_probs).mean(1) + 0.5 * (-log_probs).mean(1)
-    loss, _ = reward_weighted_loss(token_cell_losses(log_probs), rewards, torch.ones(2, 6), min_weight=-math.inf)
+    loss, _ = reward_weighted_loss(-log_probs, rewards, torch.ones(2, 6), min_weight=-math.inf)
     torch.testing.assert_close(loss, two_terms, rtol=0, atol=1e-10)
 
 
 def test_without_constraint_and_with_full_reward_it_is_the_plain_flow_loss():
     velocity, clean, noise, _ = random_flow(1)
     loss, metrics = reward_weighted_loss(
-        flow_cell_losses(velocity, clean, noise), torch.ones(3, 12), torch.ones(3, 12), reference_weight=0.0
+        (velocity - (noise - clean)).square().mean(dim=2), torch.ones(3, 12), torch.ones(3, 12), reference_weight=0.0
     )
     plain = torch.nn.functional.mse_loss(velocity, noise - clean, reduction="none").mean(dim=(1, 2))
     torch.testing.assert_close(loss, plain, rtol=0, atol=1e-12)
@@ -69,12 +69,6 @@ def test_by_hand():
     assert metrics["weight_mean"].item() == pytest.approx(2.25 / 4)
     assert (metrics["weight_min"].item(), metrics["weight_max"].item()) == (0.0, 1.5)
     assert metrics["negative_fraction"].item() == 0.25
-
-
-def test_flow_target_points_from_data_to_noise():
-    velocity, clean, noise = torch.tensor([[[1.0, 5.0]]]), torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[4.0, 3.0]]])
-    # targets 2 and 2: errors -1 and 3, mean of 1 and 9
-    assert flow_cell_losses(velocity, clean, noise).tolist() == [[5.0]]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +113,7 @@ def test_an_image_without_cells_gives_zero():
 
 
 def test_half_precision_is_computed_in_fp32():
-    losses = token_cell_losses(torch.full((1, 3), -2.0, dtype=torch.bfloat16))
+    losses = torch.full((1, 3), 2.0, dtype=torch.bfloat16)
     loss, _ = reward_weighted_loss(losses, torch.full((1, 3), 0.123), torch.ones(1, 3))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(2 * 0.623, rel=1e-6)
 

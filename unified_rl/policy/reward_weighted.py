@@ -11,26 +11,6 @@ import math
 import torch
 
 
-def flow_cell_losses(velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Squared velocity error of each latent cell, mean over channels: fp32 (fp64 if given) [B, N].
-
-    Args:
-        velocity: [B, N, C] predicted for `x_t = (1 - t) clean + t noise`; carries the gradient.
-        clean: [B, N, C] latents of the self-generated image.
-        noise: [B, N, C]; the target `noise - clean` points from data to noise.
-    """
-    velocity = _at_least_fp32(velocity)
-    return (velocity - (noise.to(velocity.dtype) - clean.to(velocity.dtype))).square().mean(dim=-1)
-
-
-def token_cell_losses(log_probs: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each image token in nats, fp32 (fp64 if given) [B, N], from its log-probability [B, N].
-
-    For autoregressive backbones, where one token is one cell of the grid. The paper leaves these models out.
-    """
-    return -_at_least_fp32(log_probs)
-
-
 def reward_weighted_loss(
     cell_losses: torch.Tensor,
     reward_map: torch.Tensor,
