@@ -148,6 +148,14 @@ run_workers() {
   return "$code"
 }
 
+# require_committed STAGE: fails unless its manifest is there; exit codes do not tell. A worker that finishes last leaves a
+# stage open where a shard was damaged meanwhile, and DeepSpeed's launcher ends with 0 when its child was killed.
+require_committed() {
+  local mark
+  printf -v mark '%s/iter_%04d/%s/manifest.json' "$RUN" "$((10#$ITERATION))" "$1"
+  [[ ${DRY_RUN:-} == 1 || -f $mark ]] || fail "$1 ended without $mark; the same command continues it" "${STOPPED:+75}"
+}
+
 # stage NAME[+NAME] ARGUMENTS...: runs other launchers side by side, which print their own commands in a dry run.
 stage() {
   local name code=0

@@ -16,3 +16,4 @@ find_python
 config_values reward.workers
 workers=$(processes WORKERS "${CONFIG[0]}")
 run_workers "$workers" "$PYTHON" -m unified_rl.reward "${ARGUMENTS[@]}" "${FOLLOWING[@]}"
+require_committed reward

@@ -17,3 +17,4 @@ find_python
 config_values rollout.workers
 workers=$(processes WORKERS "${CONFIG[0]}")
 run_workers "$workers" "$PYTHON" -m unified_rl.rollout "${ARGUMENTS[@]}"
+require_committed rollout

@@ -43,8 +43,5 @@ fi
 run "$PYTHON" -m deepspeed.launcher.runner "${gpus[@]}" --master_port "${MASTER_PORT:-$(ask_port)}" --no_local_rank --quiet \
   --module unified_rl.train "${ARGUMENTS[@]}"
 
-# The launcher also ends with 0 when its child was killed by a signal: only the commit mark tells, on the machine of
-# rank 0 that writes it (a network file system may show it to the others later).
-[[ ${NODE_RANK:-0} == 0 ]] || exit 0
-printf -v mark '%s/iter_%04d/train/manifest.json' "$RUN" "$((10#$ITERATION))"
-[[ ${DRY_RUN:-} == 1 || -f $mark ]] || fail "training ended without $mark; the same command continues it" "${STOPPED:+75}"
+# Only the machine of rank 0 writes the manifest; a network file system may show it to the others later.
+[[ ${NODE_RANK:-0} != 0 ]] || require_committed train

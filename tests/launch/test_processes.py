@@ -202,3 +202,18 @@ def test_the_deepspeed_launcher_stops_its_ranks(folder: Path) -> None:
     output = shell.communicate(timeout=240)[0]
     assert shell.returncode == 75, output
     assert all_gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("setting", "committed", "code"),
+    [("", True, 0), ("", False, 1), ("STOPPED=TERM; ", False, 75), ("DRY_RUN=1; ", False, 0)],
+)
+def test_a_stage_that_ends_uncommitted_fails(tmp_path, setting, committed, code):
+    mark = tmp_path / "a $(run)/iter_0008/rollout/manifest.json"
+    if committed:
+        mark.parent.mkdir(parents=True)
+        mark.write_text("{}")
+    shell = start(f"RUN='{tmp_path}/a $(run)'; ITERATION=08; {setting}require_committed rollout")
+    assert shell.wait(60) == code
+    expected = "" if not code else f"error: rollout ended without {mark}; the same command continues it\n"
+    assert shell.stdout.read() == expected
