@@ -42,8 +42,8 @@ from unified_rl.status import status_text
 
 TINY = Path("unified_rl/assets/tiny_janus")
 SLACK = 1.5
-PER_ITERATION = 10_000  # records
-PER_SHARD = 250
+PER_ITERATION = 250  # records
+PER_SHARD = 50
 GROUP = 5
 
 
