@@ -42,7 +42,9 @@ from unified_rl.status import status_text
 
 TINY = Path("unified_rl/assets/tiny_janus")
 SLACK = 1.5
-PER_ITERATION = 250  # records
+# Records of an iteration: few, so that all sizes have committed iterations to open; many, where the shards of the last
+# one are verified.
+FEW, MANY = 250, 10_000
 PER_SHARD = 50
 GROUP = 5
 
@@ -102,9 +104,8 @@ def one_shard(folder: Path) -> Path:
     return folder / "shard.tar"
 
 
-def new_run(path: Path, records: int) -> RunConfig:
+def new_run(path: Path, records: int, each: int) -> RunConfig:
     """The configuration of a run of as many iterations as it takes, stored in its folder."""
-    each = min(records, PER_ITERATION)
     return open_run(
         path, "gvu_janus_shapes",
         [f"iterations={-(-records // each) + 1}", f"data.prompts_per_iteration={each // GROUP}",
@@ -112,9 +113,11 @@ def new_run(path: Path, records: int) -> RunConfig:
     )  # fmt: skip
 
 
-def make_run(path: Path, records: int, shard: Path) -> Run:
-    """A run with that many rollout records; the last iteration has its shards and marks, but no manifest."""
-    run = Run(path, new_run(path, records))
+def make_run(path: Path, records: int, each: int, shard: Path) -> Run:
+    """A run with that many rollout records, at most `each` in an iteration; the last one has its shards and marks, but
+    no manifest.
+    """
+    run = Run(path, new_run(path, records, min(records, each)))
     data, version = shard.read_bytes(), "base"
     digest, last = hashlib.sha256(data).hexdigest(), run.config.iterations - 2
     count = run.config.data.prompts_per_iteration * GROUP // PER_SHARD
@@ -146,26 +149,26 @@ def resume(run: Run, workers: int = 1) -> None:
 def records(arguments: Namespace, folder: Path) -> list[Row]:
     """Opening, status, resuming; and resuming by several workers."""
     shard = one_shard(folder)
-    runs = [make_run(folder / f"run-{count}", count, shard) for count in arguments.records]
+    many, few = (  # iterations
+        [make_run(folder / f"{each}-{count}", count, each, shard) for count in arguments.records]
+        for each in (FEW, MANY)
+    )
     rows = []
-    for name, function in (
-        ("opening", remaining_stages),
-        ("status", lambda run: status_text(run.path)),
-        ("resuming", resume),
+    for name, function, runs in (
+        ("opening", remaining_stages, many),
+        ("status", lambda run: status_text(run.path), many),
+        ("resuming", resume, few),
     ):
         seconds = measured([partial(function, run) for run in runs], arguments)
         rows += proportion(f"records, {name}", arguments.records, seconds)
         size, last = arguments.records[-1], seconds[-1]
         allowed = max(1.0, size / 1e5)
         rows.append(Row("growth", f"records, {name}, {size}, seconds, at most", last / allowed, 1.0, last, allowed))
-    for run in runs[-1:]:
-        seconds = measured([partial(resume, run, workers) for workers in arguments.ranks], arguments)
-        alone = seconds[0]
-        rows += [
-            Row("growth", f"ranks, {n} verify together, at most", other / alone, SLACK, other, alone)
-            for n, other in zip(arguments.ranks[1:], seconds[1:], strict=True)
-        ]
-    return rows
+    seconds = measured([partial(resume, few[-1], workers) for workers in arguments.ranks], arguments)
+    return rows + [
+        Row("growth", f"ranks, {n} verify together, at most", other / seconds[0], SLACK, other, seconds[0])
+        for n, other in zip(arguments.ranks[1:], seconds[1:], strict=True)
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -77,7 +77,7 @@ def test_baseline_and_coefficient_move_once_a_step_and_are_stored():
     assert used == pytest.approx({"kl_coefficient": 0.5, "baseline": 0.25, "advantage/abs_mean": 0.375})
     assert update.state.baseline.value == pytest.approx(0.6 * 0.25 + 0.4 * 0.375)
     assert update.state.controller.coefficient == pytest.approx(0.5 * math.exp(0.1))
-    assert RoleState.of(RunConfig(), update.state.to_dict(), [9.0]) == update.state
+    assert RoleState.of(RunConfig(), update.state.to_dict(), 9.0) == update.state
     proposer = update_of(ProposerUpdate)
     assert proposer.after_step([0, 1], kl=0.02) == {"kl_coefficient": 0.5}
     assert proposer.state == STATE  # at the target, and without a baseline
@@ -86,7 +86,7 @@ def test_baseline_and_coefficient_move_once_a_step_and_are_stored():
 def test_state_begins_as_configured():
     config = RunConfig()
     config.self_consistency.kl_target, config.self_consistency.kl_rate = 0.5, 0.25
-    state = RoleState.of(config, None, [0.5, 0.0, 0.25])
+    state = RoleState.of(config, None, 0.25)
     assert (state.controller.target, state.controller.rate, state.baseline.value) == (0.5, 0.25, 0.25)
     with pytest.raises(ValueError, match="missing or unknown entry"):
-        RoleState.of(config, {"controller": {}, "baseline": {}}, [])
+        RoleState.of(config, {"controller": {}, "baseline": {}}, 0.0)

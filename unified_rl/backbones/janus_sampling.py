@@ -174,10 +174,11 @@ def packed_linears(modules: Sequence[nn.Module], rows: int) -> Iterator[None]:
     Args:
         rows: of the batch.
     """
-    layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
-    on_cpu = torch.backends.mkldnn.is_available() and all(layer.weight.device.type == "cpu" for layer in layers)
+    found = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
     # A weight that ZeRO-3 has partitioned is empty here.
-    layers = [layer for layer in layers if on_cpu and layer.weight.numel()]
+    layers = [layer for layer in found if layer.weight.device.type == "cpu" and layer.weight.numel()]
+    if not torch.backends.mkldnn.is_available():
+        layers = []
     for layer in layers:
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
         layer.forward = partial(_packed_linear, weight=weight, bias=layer.bias)

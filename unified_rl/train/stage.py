@@ -269,8 +269,7 @@ def make_updater(run: Run, ranks: Ranks, trainer: Trainer, data: IterationData |
     """The updater of the role, for images of the configured kind."""
     config, engine, device, role = run.config, trainer.engine, trainer.device, trainer.role
     if role in TEXT_ROLES:
-        rewards = [sample.used_reward for sample in data.samples]
-        state = RoleState.of(config, trainer.state.state if trainer.state else None, rewards)
+        state = RoleState.of(config, trainer.state.state if trainer.state else None, data.reward_mean or 0.0)
         texts = (ProposerUpdate if role == "proposer" else SolverUpdate)(engine, data, config, device, state)
         texts.old_log_probs = old_log_probs(config, data, lambda rows: texts.replay(rows)[1], ranks, device)
         return Updater(texts, ranks, role)

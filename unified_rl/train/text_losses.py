@@ -32,8 +32,8 @@ class RoleState:
     baseline: RunningMean
 
     @classmethod
-    def of(cls, config: RunConfig, stored: Mapping[str, Any] | None, rewards: Sequence[float]) -> RoleState:
-        """The `stored` state, or the one to begin with in an iteration with these `rewards`.
+    def of(cls, config: RunConfig, stored: Mapping[str, Any] | None, reward_mean: float) -> RoleState:
+        """The `stored` state, or the one to begin with in an iteration of this mean reward.
 
         A baseline that began at 0 would reinforce whatever was answered until it has caught up, random rewards too.
         """
@@ -41,7 +41,7 @@ class RoleState:
             return cls(KlController.from_dict(stored["controller"]), RunningMean.from_dict(stored["baseline"]))
         roles = config.self_consistency
         controller = KlController(target=roles.kl_target, rate=roles.kl_rate)
-        return cls(controller, RunningMean(statistics.fmean(rewards or [0.0])))
+        return cls(controller, RunningMean(reward_mean))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
