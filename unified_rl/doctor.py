@@ -6,7 +6,6 @@ changed; the file system is tried in a folder that is removed again.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import fcntl
 import importlib.metadata
@@ -24,13 +23,13 @@ from unified_rl import disk
 from unified_rl.config import RunConfig, checkpoint_path, load_run_config, resolve
 from unified_rl.launching import free_port
 from unified_rl.ledger import Run
-from unified_rl.runtime import EXIT_FAILED, EXIT_OK, StageError, run_stage, set_stage
+from unified_rl.runtime import EXIT_FAILED, EXIT_OK, StageError, command_parser, run_stage, set_stage
 
 SETUP = Path(__file__).parents[1] / "setup.py"
 ALL_REDUCE_SECONDS = 60.0
 PROCESSES = 8  # at most, that meet in the all-reduce
-EXAMPLE = """examples:
-  python -m unified_rl.doctor --run runs/big --recipe gvu_janus_pro_1b backbone.path=checkpoints/Janus-Pro-1B
+EXAMPLE = """\
+python -m unified_rl.doctor --run runs/big --recipe gvu_janus_pro_1b backbone.path=checkpoints/Janus-Pro-1B
   make doctor RUN=runs/big"""
 # One rank of the all-reduce.
 ALL_REDUCE = """
@@ -246,10 +245,7 @@ def examine(path: Path, config: RunConfig) -> Iterator[Finding]:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     set_stage("doctor")
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.doctor", description=__doc__, epilog=EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("unified_rl.doctor", __doc__, EXAMPLE)
     parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="run folder; need not exist yet")
     parser.add_argument("--recipe", metavar="NAME", help="recipe name or YAML file, for a run that does not exist")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values over the recipe's")

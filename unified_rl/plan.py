@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from unified_rl.config import ConfigError, RunConfig, resolve
-from unified_rl.runtime import EXIT_OK, format_seconds, run_stage, set_stage
+from unified_rl.runtime import EXIT_OK, command_parser, format_seconds, run_stage, set_stage
 
 RECIPES = {
     "janus-pro-1b": "gvu_janus_pro_1b", "janus-pro-7b": "gvu_janus_pro_7b", "bagel-7b": "gvu_bagel_7b",
     "janus": "gvu_janus_pro_1b", "bagel": "gvu_bagel_7b",
 }  # fmt: skip
-EXAMPLE = """examples:
-  python -m unified_rl.plan --model janus-pro-7b --nodes 2 --gpus 8 train.micro_batch=8
+EXAMPLE = """\
+python -m unified_rl.plan --model janus-pro-7b --nodes 2 --gpus 8 train.micro_batch=8
   python -m unified_rl.plan --model checkpoints/BAGEL-7B-MoT --recipe srum_bagel_7b --tflops 180
   make plan MODEL=bagel-7b NODES=2 GPUS=8"""
 GIGA, TERA = 1e9, 1e12
@@ -210,10 +210,7 @@ def _positive(kind: type) -> Callable[[str], float]:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     set_stage("plan")
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.plan", description=__doc__, epilog=EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("unified_rl.plan", __doc__, EXAMPLE)
     parser.add_argument("--model", required=True, help="janus-pro-1b, janus-pro-7b, bagel-7b, or a checkpoint folder")
     parser.add_argument("--nodes", type=_at_least_one, default=1)
     parser.add_argument("--gpus", type=_at_least_one, default=8, help="of a node; default 8")

@@ -271,6 +271,14 @@ def _not_negative(text: str) -> int:
     return value
 
 
+def command_parser(module: str, description: str | None, example: str = "") -> argparse.ArgumentParser:
+    """Parser of `python -m MODULE`: texts as they are written, with an example below; no abbreviations."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, epilog=f"example:\n  {example}" if example else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+
+
 def stage_arguments(
     stage: str, example: str, argv: list[str] | None = None, iteration: bool = True
 ) -> argparse.Namespace:
@@ -287,10 +295,7 @@ def stage_parser(stage: str, example: str, iteration: bool = True) -> argparse.A
         iteration: Whether the stage works on one iteration.
     """
     set_stage(stage)
-    parser = argparse.ArgumentParser(
-        prog=f"python -m unified_rl.{stage}", epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = command_parser(f"unified_rl.{stage}", None, example)
     parser.add_argument("--run", required=True, metavar="RUN", help="run folder; created when it does not exist")
     parser.add_argument("--recipe", metavar="NAME", help="recipe name or YAML file; needed to create a run")
     if iteration:

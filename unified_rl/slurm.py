@@ -10,7 +10,6 @@ line. launch/slurm/submit.sh does the submitting.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import re
@@ -25,7 +24,7 @@ from unified_rl.files import atomic_write_bytes
 from unified_rl.launching import TRAINING_STAGES, open_config, remaining_stages
 from unified_rl.ledger import Run, iteration_name
 from unified_rl.manifests import MANIFEST_NAME
-from unified_rl.runtime import EXIT_OK, run_stage
+from unified_rl.runtime import EXIT_OK, command_parser, run_stage
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "launch" / "slurm" / "stage.sbatch"
@@ -266,10 +265,7 @@ def render(job: Job, run: Path, config: RunConfig, site: Site) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.slurm", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("unified_rl.slurm", __doc__)
     parser.add_argument("stage", choices=("loop", *TRAINING_STAGES, "evaluate"))
     parser.add_argument("--site", required=True, type=Path, metavar="FILE", help="settings of the cluster")
     parser.add_argument("--run", required=True, metavar="RUN", help="run folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import fcntl
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from unified_rl.config import load_run_config
 from unified_rl.ledger import LOCKS, Run, read_status
 from unified_rl.manifests import MANIFEST_NAME, Manifest, read_json
-from unified_rl.runtime import EXIT_OK, format_seconds, set_stage
+from unified_rl.runtime import EXIT_OK, command_parser, format_seconds, set_stage
 
 STAGES = ("rollout", "reward", "train")
 HEADER = ("iteration", *STAGES, "images", "failed", "reward", "policy")
@@ -280,10 +279,7 @@ def status_text(path: Path) -> str:
 def status_command(argv: list[str] | None = None) -> int:
     """`status RUN [--watch]`."""
     set_stage("status")
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.ledger", epilog="example:\n  python -m unified_rl.ledger status runs/demo --watch",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("unified_rl.ledger", None, "python -m unified_rl.ledger status runs/demo --watch")
     parser.add_argument("command", choices=["status"], help="status: print what is done and what is being done")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--watch", action="store_true", help=f"print again every {WATCH_SECONDS:.0f} s until Ctrl-C")

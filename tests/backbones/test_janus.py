@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import JanusProcessor
 
@@ -181,34 +180,6 @@ def test_decode_is_the_models_own_decoder_as_bytes(janus):
     assert images.shape == (36, 32, 32, 3)
     inside = pixels.clamp(-1, 1)
     assert np.abs(images / 127.5 - 1 - inside.numpy()).max() <= 0.5 / 127.5 + 1e-3
-
-
-def test_encoding_finds_the_code_by_direction(fresh, monkeypatch):
-    """Latents that are codes of any length are recognised; raw distances (transformers' encoder) would not."""
-    vq = fresh.model.model.vqmodel
-    tokens = torch.randint(0, 96, (5, 16), generator=torch.Generator().manual_seed(3))
-    latents = F.embedding(tokens, vq.quantize.embedding.weight) * torch.linspace(0.1, 3, 16)[:, None]
-    latents = latents.reshape(5, 4, 4, 8).permute(0, 3, 1, 2)
-    monkeypatch.setattr(vq.encoder, "forward", lambda pixels: latents)
-    monkeypatch.setattr(vq.quant_conv, "forward", lambda hidden: hidden)
-    assert torch.equal(fresh.encode_image_tokens(np.zeros((5, 32, 32, 3), np.uint8)), tokens)
-    assert not torch.equal(vq.encode(torch.zeros(5, 3, 32, 32)).image_tokens.view(5, 16), tokens)
-
-
-def test_encoding_pixels_equals_transformers_on_unit_codes(fresh):
-    vq = fresh.model.model.vqmodel
-    vq.quantize.embedding.weight.data = F.normalize(vq.quantize.embedding.weight.data, dim=-1)
-    images = np.stack(pictures(6))
-    pixels = fresh.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        expected = vq.encode(pixels).image_tokens.view(6, 16)
-    assert torch.equal(fresh.encode_image_tokens(images), expected)
-    assert len(expected.unique()) > 1
-
-
-def test_encoding_refuses_other_sizes(janus):
-    with pytest.raises(BackboneError, match=r"\[B, 32, 32, 3\]"):
-        janus.encode_image_tokens(np.zeros((1, 16, 16, 3), np.uint8))
 
 
 # ---- chat format --------------------------------------------------------------------------------------------------

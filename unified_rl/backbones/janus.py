@@ -45,7 +45,7 @@ TRAINED_IN_FULL = (
     "model.generation_aligner.",
     "model.generation_head.",
 )
-VQ_BATCH = 32  # images decoded or encoded together; bounds the memory of the full-resolution feature maps
+VQ_BATCH = 32  # images decoded together; bounds the memory of the full-resolution feature maps
 
 
 class JanusForConditionalGeneration(transformers.JanusForConditionalGeneration):
@@ -253,25 +253,6 @@ class JanusBackbone(TrainedWeights):
         parts = [self.model.decode_image_tokens(part) for part in trajectory.actions.to(self.device).split(VQ_BATCH)]
         pixels = torch.cat(parts).float()
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-
-    @torch.no_grad()
-    def encode_image_tokens(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """int64 [B, S] tokens of uint8 [B, H, W, 3] images of the model's own size.
-
-        Nearest code by direction, as the original Janus does; transformers' encoder compares raw distances, while its
-        decoder normalises.
-        """
-        side = self.image_size
-        if tuple(images.shape[1:]) != (side, side, 3):
-            raise BackboneError(f"images of shape {list(images.shape)} must be [B, {side}, {side}, 3]")
-        vq = self.model.model.vqmodel
-        codes = F.normalize(vq.quantize.embedding.weight, dim=-1)
-        tokens = []
-        for part in torch.as_tensor(images).split(VQ_BATCH):
-            pixels = part.to(self.device, codes.dtype).permute(0, 3, 1, 2) / 127.5 - 1
-            latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)
-            tokens.append(torch.einsum("bdhw,vd->bhwv", latents, codes).argmax(-1).flatten(1))
-        return torch.cat(tokens)
 
     # ---- reading --------------------------------------------------------------------------------------------------
 

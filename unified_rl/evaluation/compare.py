@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from unified_rl.config import load_run_config
 from unified_rl.evaluation.folder import evaluated_iterations, require_scores
 from unified_rl.evaluation.scoring import Difference, EvaluationError, compare_scores
 from unified_rl.manifests import store
-from unified_rl.runtime import EXIT_OK, run_stage
+from unified_rl.runtime import EXIT_OK, command_parser, run_stage
 
 
 def compare(run: Path, iteration: int | None = None) -> list[Difference]:
@@ -75,15 +74,10 @@ def label_of(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; `--json FILE` stores the rows."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.evaluation.compare", description=__doc__,
-        epilog="example:\n  python -m unified_rl.evaluation.compare runs/demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    module = "unified_rl.evaluation.compare"
+    parser = command_parser(module, __doc__, f"python -m {module} runs/demo")
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument(
-        "--iteration", type=int, metavar="K", help="weights after K iterations; default: last evaluated"
-    )
+    parser.add_argument("--iteration", type=int, metavar="K", help="weights after K iterations; default: the last")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where to store the rows; default RUN/comparison.json"
     )

@@ -5,7 +5,6 @@ Reads `OUT/main-SEED` and `OUT/CONTROL-SEED`, SEED = 1..N, made by `launch/evide
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from unified_rl.evaluation.folder import require_scores
 from unified_rl.evaluation.intervals import mean_interval
 from unified_rl.evaluation.scoring import EvaluationError, check_comparable
 from unified_rl.manifests import store
-from unified_rl.runtime import EXIT_OK, run_stage
+from unified_rl.runtime import EXIT_OK, command_parser, run_stage
 
 # What a control changes in the recipe.
 CONTROLS = {
@@ -129,12 +128,9 @@ def text(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write OUT/summary.json and print it as text."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.evaluation.evidence", description=__doc__,
-        epilog="example:\n  python -m unified_rl.evaluation.evidence --method gvu --backbone janus --seeds 3 "
-        "--out runs/evidence/gvu-janus",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    module = "unified_rl.evaluation.evidence"
+    example = f"python -m {module} --method gvu --backbone janus --seeds 3 --out runs/evidence/gvu-janus"
+    parser = command_parser(module, __doc__, example)
     parser.add_argument("--method", required=True, choices=sorted(CONTROLS_OF))
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--seeds", type=int, required=True, metavar="N")

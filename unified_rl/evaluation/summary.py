@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from unified_rl.evaluation.scoring import EvaluationError, by_category
 from unified_rl.ledger import Run
 from unified_rl.manifests import store
 from unified_rl.report.timing import seconds_by_stage
-from unified_rl.runtime import EXIT_OK, run_stage
+from unified_rl.runtime import EXIT_OK, command_parser, run_stage
 
 
 def stored_evidence(config: RunConfig) -> dict | None:
@@ -100,11 +99,8 @@ def read_setup_seconds(path: Path | None) -> float | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write summary.json and print the closing text."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.evaluation.summary", description=__doc__,
-        epilog="example:\n  python -m unified_rl.evaluation.summary --run runs/demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    module = "unified_rl.evaluation.summary"
+    parser = command_parser(module, __doc__, f"python -m {module} --run runs/demo")
     parser.add_argument("--run", type=Path, required=True, metavar="RUN")
     parser.add_argument("--setup-seconds-file", type=Path, metavar="F", help="file with the seconds that set-up took")
     arguments = parser.parse_args(argv)

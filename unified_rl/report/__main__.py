@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from unified_rl.report.figures import write_before_after
 from unified_rl.report.html import write_report
 from unified_rl.report.tensorboard import write_tensorboard
 from unified_rl.report.truth import read_truth
-from unified_rl.runtime import EXIT_OK, run_stage
+from unified_rl.runtime import EXIT_OK, command_parser, run_stage
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write everything that shows a run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.report", description=__doc__,
-        epilog="example:\n  python -m unified_rl.report --run runs/demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("unified_rl.report", __doc__, "python -m unified_rl.report --run runs/demo")
     parser.add_argument("--run", type=Path, required=True, metavar="RUN")
     truth = read_truth(parser.parse_args(argv).run)
     for path in (write_before_after(truth), write_report(truth), write_tensorboard(truth)):

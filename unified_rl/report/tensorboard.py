@@ -1,4 +1,4 @@
-"""TensorBoard logs, rebuilt from the run folder: `python -m unified_rl.report.tensorboard --run RUN`.
+"""TensorBoard logs, rebuilt from the run folder.
 
 All events are written into a new file and the old ones are then deleted. The new file begins with a purge mark for
 step 0, so that a TensorBoard that has the old file open drops its points instead of showing them twice.
@@ -6,7 +6,6 @@ step 0, so that a TensorBoard that has the old file open drops its points instea
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +22,10 @@ from unified_rl.report.truth import (
     first_shard,
     judged_ends,
     numbers,
-    read_truth,
     spread,
     srum_means,
     widest_group,
 )
-from unified_rl.runtime import EXIT_OK, run_stage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -139,19 +136,3 @@ def write_tensorboard(truth: Truth) -> Path:
     for stale in old:
         stale.unlink(missing_ok=True)
     return folder
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.report.tensorboard", description=__doc__,
-        epilog="example:\n  python -m unified_rl.report.tensorboard --run runs/demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN")
-    print(write_tensorboard(read_truth(parser.parse_args(argv).run)))
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    run_stage(main)

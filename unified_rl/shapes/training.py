@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import sys
@@ -19,6 +18,7 @@ from torch import nn
 
 from unified_rl.backbones.base import ReplaySettings
 from unified_rl.backbones.load import Backbone
+from unified_rl.runtime import command_parser
 from unified_rl.shapes import measure
 from unified_rl.shapes.prompts import all_metadata, random_metadata, scene_for
 from unified_rl.shapes.proposing import drawing_task, proposal
@@ -224,12 +224,7 @@ def main(
         settings: all but the seed.
         make: trains a checkpoint into a folder, given the settings and where to log.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog=f"example: python -m {module} --out /tmp/tiny --threads 2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(module, description, f"python -m {module} --out /tmp/tiny --threads 2")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (part of the result)")
     parser.add_argument("--seed", type=int, default=settings.seed)

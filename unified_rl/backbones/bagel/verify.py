@@ -26,6 +26,7 @@ from unified_rl.backbones.bagel.loading import Weights, build
 from unified_rl.backbones.bagel.model import BagelModel
 from unified_rl.backbones.bagel.sequence import Latent, Picture, Segment, SpecialTokens, Text, pack, patchify
 from unified_rl.backbones.base import BackboneError
+from unified_rl.runtime import command_parser
 
 TOLERANCE = 1e-5
 SPECIAL = SpecialTokens(text_start=1, text_end=2, image_start=3, image_end=4)
@@ -126,8 +127,7 @@ def compare(file: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; defaults fit the file in this package's tests."""
-    made = argparse.ArgumentParser(prog="python -m unified_rl.backbones.bagel.verify", description=__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made = command_parser("unified_rl.backbones.bagel.verify", __doc__)
     made.add_argument("file", type=Path)
     for flag, default, meaning in (
         ("--heads", 4, "attention heads of the language model"),
