@@ -122,13 +122,13 @@ class SelfConsistencyConfig:
     generation: int = 2  # iterations after them in which the Generator learns; 0: never
     imageless: bool = False  # asked about are images that the Generator draws of data.prompts, not data.images
     questions: int = 3  # K that the Proposer writes on an image
-    answers: int = 7  # N framings of a question whose answers vote
+    answers: int = 7  # N to a question, which vote; in its seven framings in turn
     token_entropy: bool = True  # false, a control: a question earns its agreement score alone
     running_target: bool = False  # the vote entropy that is wanted follows those of the past, instead of .90
     train_proposer: bool = True  # false, a control: the Proposer stays as it is
     hard_share: float = 0.3  # of images asked about with difficulty hard; medium the rest
     min_majority: float = 0.0  # of the vote, that a question must have for the Solver to learn from it
-    references: int = 7  # framings of a check question on the real image, whose majority is the reference
+    references: int = 7  # answers to a check question on the real image, whose majority is the reference
     reference_share: float = 0.6  # of the vote that a reference must have
     pairs: int = 3  # check questions of a drawing task
     min_pairs: int = 2  # that must be reliable

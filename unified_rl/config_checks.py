@@ -100,9 +100,7 @@ SHARES = (
     "self_consistency.min_majority",
     "self_consistency.cycle_weight",
 )
-# How many framings of a question there are (`reward.self_consistency_prompts.FRAMINGS`).
-FRAMING_COUNTS = ("self_consistency.answers", "self_consistency.references", "self_consistency.fidelity_samples")
-MAX_FRAMINGS = 7
+ANSWER_COUNTS = ("self_consistency.answers", "self_consistency.references", "self_consistency.fidelity_samples")
 
 
 def check_config(config: DictConfig) -> None:
@@ -127,9 +125,9 @@ def check_config(config: DictConfig) -> None:
     for key in SHARES:
         if not 0 <= OmegaConf.select(config, key) <= 1:
             raise ConfigError(f"{key}={OmegaConf.select(config, key)} must lie in 0..1")
-    for key in FRAMING_COUNTS:
-        if not 1 <= OmegaConf.select(config, key) <= MAX_FRAMINGS:
-            raise ConfigError(f"{key}={OmegaConf.select(config, key)} must lie in 1..{MAX_FRAMINGS}, one a framing")
+    for key in ANSWER_COUNTS:
+        if OmegaConf.select(config, key) < 1:
+            raise ConfigError(f"{key}={OmegaConf.select(config, key)} must be at least 1")
     if not 0 < config.self_consistency.solver_top_p <= 1:
         raise ConfigError(f"self_consistency.solver_top_p={config.self_consistency.solver_top_p} must lie in 0..1")
     if config.policy.clip_low >= 1:

@@ -14,11 +14,12 @@ from unified_rl.reward.self_consistency_prompts import (
 from unified_rl.reward.skips import Skipped
 
 
-def test_seven_different_framings_of_one_question():
+def test_seven_different_framings_of_one_question_that_come_in_turn():
     for wording in WORDINGS:
         asked = [solver_question("What\n is {it}?", i, wording) for i in range(7)]
         assert len(set(asked)) == len(FRAMINGS[wording]) == 7
         assert all(a.endswith("What is {it}?") for a in asked)
+        assert asked == [solver_question("What\n is {it}?", i, wording) for i in range(7, 14)]
     assert solver_question("is there a circle?", wording="brief") == "is there a circle?"
 
 
@@ -70,7 +71,6 @@ def test_captions_are_asked_for_in_a_sentence():
     [
         lambda: proposer_question("easy"),
         lambda: proposer_question(wording="Full"),
-        lambda: solver_question("q", 7),
         lambda: solver_question("q", -1),
         lambda: solver_question("q", 0, "x"),
         lambda: drawing_task_question(0),

@@ -62,17 +62,17 @@ Answer with a single line that begins with "Question:" and goes on with the ques
 
 
 def solver_question(question: str, framing: int = 0, wording: str = "full") -> str:
-    """A question in framing number 0..6.
+    """A question in framing number 0, 1, ...; the seven that there are come in turn.
 
     Raises:
-        ValueError: another framing or wording.
+        ValueError: a negative number, or another wording.
     """
     brief = _is_brief(wording)
     framings = FRAMINGS[wording]
-    if not 0 <= framing < len(framings):
-        raise ValueError(f"framing must lie in 0..{len(framings) - 1}, not {framing!r}")
-    line = " ".join(question.split())
-    return f"{framings[framing]}{line}" if brief else f"{framings[framing]}\n{_ANSWER_RULES}\n\nQuestion: {line}"
+    if framing < 0:
+        raise ValueError(f"a framing is a number from 0, not {framing!r}")
+    line, before = " ".join(question.split()), framings[framing % len(framings)]
+    return f"{before}{line}" if brief else f"{before}\n{_ANSWER_RULES}\n\nQuestion: {line}"
 
 
 def drawing_task_question(pairs: int = 3, rejected: tuple[str, str] | None = None, wording: str = "full") -> str:
