@@ -6,6 +6,7 @@
 #   MODEL, NODES, GPUS                       what `make plan` computes
 #   WORKERS, TRAIN_RANKS                     processes of this start, where they differ from the run's
 #   FOLLOW=1, FOLLOW_TIMEOUT                 reward beside its rollout (docs/operations.md)
+#   PREFETCH=0                               no stage starts before its turn (the same)
 #   FAULTS, SEED                             how many faults `make drill` injects, and which
 #   METHOD, BACKBONE, SEEDS, CONTROL_SEEDS   what `make evidence` measures
 #   TORCH_INDEX_URL                          package index for torch, e.g. one with CPU wheels
@@ -28,7 +29,7 @@ STAGE_ARGUMENTS = $(RUN_ARGUMENTS) --iteration "$(or $(ITERATION),$(error ITERAT
 
 # The launchers use .venv; PYTHON is only for building it.
 unexport PYTHON
-export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL WORKERS TRAIN_RANKS FOLLOW FOLLOW_TIMEOUT
+export DRY_RUN SLURM_SITE METHOD BACKBONE SEEDS CONTROL_SEEDS TORCH_INDEX_URL WORKERS TRAIN_RANKS FOLLOW FOLLOW_TIMEOUT PREFETCH
 
 .PHONY: help install test test-slow test-cluster lint format demo loop rollout reward train evaluate export status \
   doctor plan report clean-run evidence drill bench bench-gpu tiny-janus tiny-bagel slurm-loop slurm-rollout \

@@ -1,11 +1,12 @@
 """A whole iteration of the tiny GvU loop against the sum of its stages' compute.
 
-`ours` is what the launchers take for rollout, reward and train, one after the other, as the loop starts them: shells,
+`ours` is what the launchers take for rollout, reward and train as the loop starts them, each before its turn: shells,
 interpreters, imports, and the waiting between. `theirs` is the compute: the same stages in a process that has imported
 everything before the clock starts, each with its reading and writing, its model's weights and its engine. Both work on
 an iteration of a run of their own, with one worker and one rank; the weights that come out have to be the same bits.
+A stage of ours ends with its manifest, the last one with the launchers.
 
-The clock of `--clock cpu` counts the CPU seconds of the launchers and all that they start.
+The clock of `--clock cpu` counts the CPU seconds of the launchers and all that they start, of the whole alone.
 
 example: python -m benchmarks.iteration --prompts 256 --repeats 3
 """
@@ -29,13 +30,16 @@ from benchmarks import measuring
 from benchmarks.measuring import Row
 from unified_rl.config import load_run_config, open_run
 from unified_rl.ledger import Run
-from unified_rl.manifests import Manifest, write_manifest
+from unified_rl.manifests import MANIFEST_NAME, Manifest, write_manifest
 from unified_rl.runtime import Ranks
 from unified_rl.shapes.prompts import prompt_records
 from unified_rl.shards import write_records
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("rollout", "reward", "train")
+WHOLE = "whole"
+# What loop.sh does for an iteration.
+LOOP = 'source "$0"; parse_arguments "$@"; find_python; stage rollout+reward+train --run "$RUN" --iteration 0'
 IMPORTED = (
     "deepspeed", "peft", "torch._dynamo", "unified_rl.backbones.load", "unified_rl.reward.judges",
     "unified_rl.rollout.stage", "unified_rl.reward.stage", "unified_rl.train.stage",
@@ -64,14 +68,14 @@ def new_run(folder: Path, prompts: Path, arguments: Namespace) -> Path:
 
 
 def launched(run: Path, clock: str) -> Seconds:
-    """Seconds of each stage by its launcher."""
-    environment, seconds = {**os.environ, "PYTHON": sys.executable}, {}
-    for stage in STAGES:
-        start = CLOCKS[clock]()
-        command = [ROOT / "launch" / f"{stage}.sh", "--run", run, "--iteration", "0"]
-        subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
-        seconds[stage] = CLOCKS[clock]() - start
-    return seconds
+    """Seconds of the iteration, and of each stage, by the launchers."""
+    command = ["bash", "-c", LOOP, ROOT / "launch" / "common.sh", "--run", run]
+    start, began = CLOCKS[clock](), time.time()
+    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable}, stderr=subprocess.DEVNULL)
+    seconds, ended = {WHOLE: CLOCKS[clock]() - start}, time.time()
+    folders = [Run(run, load_run_config(run)).stage_folder(0, stage) for stage in STAGES[:-1]]
+    ends = [(folder / MANIFEST_NAME).stat().st_mtime for folder in folders] + [ended]
+    return seconds | {stage: end - start for stage, start, end in zip(STAGES, [began, *ends], ends, strict=False)}
 
 
 def computed(run: Path, clock: str) -> Seconds:
@@ -93,7 +97,7 @@ def compute(path: Path, clock: str) -> Seconds:
         if function(run, 0, Ranks(0, 0, 1)):
             raise SystemExit(f"{stage} failed")
         seconds[stage] = CLOCKS[clock]() - start
-    return seconds
+    return {WHOLE: sum(seconds.values()), **seconds}
 
 
 def weights(path: Path) -> str:
@@ -117,13 +121,11 @@ def rows(arguments: Namespace, folder: Path) -> list[Row]:
             digests.add(weights(run))
     if len(digests) != 1:
         raise SystemExit("launchers and compute train other weights")
-    medians = [{stage: statistics.median(one[stage] for one in side) for stage in STAGES} for side in found]
     made = []
-    for name, stages, target in (("whole", STAGES, MOST), *((stage, (stage,), None) for stage in STAGES)):
-        ours, theirs = (sum(side[stage] for stage in stages) for side in medians)
-        made.append(
-            Row("iteration", f"{name}, {arguments.prompts} prompts, at most", ours / theirs, target, ours, theirs)
-        )
+    for name in (WHOLE, *STAGES) if arguments.clock == "wall" else (WHOLE,):
+        ours, theirs = (statistics.median(one[name] for one in side) for side in found)
+        case, target = f"{name}, {arguments.prompts} prompts, at most", MOST if name == WHOLE else None
+        made.append(Row("iteration", case, ours / theirs, target, ours, theirs))
     return made
 
 

@@ -7,6 +7,7 @@
 #              a run goes on with any number of them
 #   FOLLOW=1   reward runs beside its rollout and scores the shards as they come; FOLLOW_TIMEOUT: seconds that it waits
 #              while nothing is heard of the rollout
+#   PREFETCH=0 a stage of the loop starts when the one before has ended, not at its first shard
 #   STOP_SECONDS  time that a stage gets to end after INT or TERM before it is killed; default 120
 # Exit codes: those of the stage (0 done, 1 failed, 2 wrong arguments, 75 stopped: the same command continues).
 
@@ -156,14 +157,22 @@ require_committed() {
   [[ ${DRY_RUN:-} == 1 || -f $mark ]] || fail "$1 ended without $mark; the same command continues it" "${STOPPED:+75}"
 }
 
-# stage NAME[+NAME] ARGUMENTS...: runs other launchers side by side, which print their own commands in a dry run.
+# Where a loop started this launcher before its turn: waits for the first shard of the stage before.
+stand_by() {
+  [[ -z ${STANDBY:-} || ${DRY_RUN:-} == 1 ]] || run "$PYTHON" -m unified_rl.standby --run "$RUN" --iteration "$ITERATION"
+}
+
+# stage NAME[+NAME...] ARGUMENTS...: runs other launchers side by side, which print their own commands in a dry run. Each
+# waits for the one before it; reward follows its rollout instead where FOLLOW asks for it.
 stage() {
-  local name code=0
+  local name before='' code=0
   for name in ${1//+/ }; do
     if [[ ${DRY_RUN:-} == 1 ]]; then
       "$ROOT/launch/$name.sh" "${@:2}"
     elif [[ -z $STOPPED ]]; then
-      env "${LAUNCH_ENV[@]}" "$ROOT/launch/$name.sh" "${@:2}" &
+      [[ $name != reward || ${FOLLOW:-} != 1 ]] || before=''
+      env "${LAUNCH_ENV[@]}" ${before:+"STANDBY=$before:$$"} "$ROOT/launch/$name.sh" "${@:2}" &
+      before=$name
     fi
   done
   wait_children || code=$?

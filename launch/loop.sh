@@ -3,7 +3,7 @@
 # Reads   --recipe NAME and key=value, or RUN/config.yaml of a run that exists
 # Writes  RUN/ (see docs/disk_contract.md)
 # Environment
-#   PYTHON, DRY_RUN=1, WORKERS, TRAIN_RANKS, FOLLOW=1, FOLLOW_TIMEOUT  as for all launchers (see common.sh)
+#   PYTHON, DRY_RUN=1, WORKERS, TRAIN_RANKS, FOLLOW=1, FOLLOW_TIMEOUT, PREFETCH=0  as for all launchers (see common.sh)
 #   MASTER_PORT, DS_HOSTFILE  as for train.sh
 # Usage    launch/loop.sh --run RUN [--recipe NAME] [key=value ...]
 # Example  launch/loop.sh --run runs/demo --recipe gvu_janus_shapes iterations=2
@@ -14,7 +14,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_arguments "$@"
 [[ -z $ITERATION ]] || fail "loop.sh takes no --iteration: it continues where the run is" 2
 find_python
-plan=$(ask_python plan ${FOLLOWING[0]:+"${FOLLOWING[0]}"}) || exit "$?"
+# Side by side, each waiting for the one before. The other machines of a hostfile cannot see whether this loop still runs.
+together=rollout+reward+train
+[[ -z ${DS_HOSTFILE:-} ]] || together=rollout+reward
+[[ ${PREFETCH:-} != 0 ]] || together=${FOLLOWING[0]:+rollout+reward}
+plan=$(ask_python plan ${together:+--together "$together"}) || exit "$?"
 
 # Wall-clock seconds, a line for each time the loop ran.
 [[ ${DRY_RUN:-} == 1 ]] || trap 'echo "$SECONDS" >>"$RUN/loop_seconds"' EXIT

@@ -14,6 +14,7 @@ parse_arguments "$@"
 require_iteration
 find_python
 config_values reward.workers
+stand_by
 workers=$(processes WORKERS "${CONFIG[0]}")
 run_workers "$workers" "$PYTHON" -m unified_rl.reward "${ARGUMENTS[@]}" "${FOLLOWING[@]}"
 require_committed reward

@@ -18,6 +18,7 @@ parse_arguments "$@"
 require_iteration
 find_python
 config_values train.ranks
+stand_by
 
 # The launcher drops CUDA_VISIBLE_DEVICES when it is told a number of GPUs: name the visible ones instead.
 count=$(processes TRAIN_RANKS "${CONFIG[0]}")

@@ -2,7 +2,7 @@
 
     python -m unified_rl.launching values --run RUN [--recipe NAME] [key=value ...] KEY ...   one value a line
     python -m unified_rl.launching plan --run RUN [--recipe NAME] [key=value ...]             `STAGE ITERATION` a line
-                              --follow: `rollout+reward ITERATION` where both are left
+                              --together rollout+reward: `rollout+reward ITERATION` where both are left
     python -m unified_rl.launching port
 
 Both questions about a run create `RUN/config.yaml` or compare the arguments with it; `--dry-run` writes nothing.
@@ -12,7 +12,6 @@ Starts without torch: the launchers call it before every stage.
 from __future__ import annotations
 
 import argparse
-import re
 import socket
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from omegaconf import OmegaConf
 from unified_rl.config import ConfigError, RunConfig, keys_of, nearest_key, open_run, resolve
 from unified_rl.ledger import Run, iteration_name
 from unified_rl.manifests import MANIFEST_NAME
-from unified_rl.runtime import EXIT_OK, run_stage
+from unified_rl.runtime import EXIT_OK, command_parser, run_stage
 
 TRAINING_STAGES = ("rollout", "reward", "train")
 
@@ -61,6 +60,18 @@ def remaining_stages(run: Run) -> list[tuple[str, int]]:
     return [*stages, ("report", run.config.iterations)]
 
 
+def grouped(stages: list[tuple[str, int]], together: list[str]) -> list[tuple[str, int]]:
+    """The same stages; those of an iteration that are `together` and follow each other as one, `rollout+reward`."""
+    made: list[tuple[str, int]] = []
+    for stage, iteration in stages:
+        before, at = made[-1] if made else ("", -1)
+        if at == iteration and stage in together and before.rpartition("+")[2] in together:
+            made[-1] = (f"{before}+{stage}", iteration)
+        else:
+            made.append((stage, iteration))
+    return made
+
+
 def free_port() -> int:
     """A TCP port that nothing on this machine listens on now."""
     with socket.socket() as probe:
@@ -78,15 +89,14 @@ def open_config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfi
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_rl.launching", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("unified_rl.launching", __doc__)
     parser.add_argument("question", choices=("values", "plan", "port"))
     parser.add_argument("--run", metavar="RUN", help="run folder")
     parser.add_argument("--recipe", metavar="NAME", help="recipe name or YAML file; needed to create a run")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--follow", action="store_true", help="of a plan: reward beside its rollout")
+    parser.add_argument(
+        "--together", default="", metavar="STAGE+STAGE", help="of a plan: stages of an iteration that start together"
+    )
     parser.add_argument("words", nargs="*", metavar="key=value|KEY")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.question == "port":
@@ -101,9 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.question == "values":
         lines = [config_value(config, key) for key in keys]
     else:
-        lines = [f"{stage} {iteration}" for stage, iteration in remaining_stages(Run(arguments.run, config))]
-    text = "\n".join(lines)
-    print(re.sub(r"rollout (\d+)\nreward \1$", r"rollout+reward \1", text, flags=re.M) if arguments.follow else text)
+        stages = grouped(remaining_stages(Run(arguments.run, config)), arguments.together.split("+"))
+        lines = [f"{stage} {iteration}" for stage, iteration in stages]
+    print("\n".join(lines))
     return EXIT_OK
 
 

@@ -282,7 +282,7 @@ def start_twice(field: Field) -> Struck:
     The first one's workers sleep meanwhile: it would often be done before the second has loaded anything.
     """
     loop = field.loop
-    workers = [m for m in loop.members() if m.stage]
+    workers = loop.workers()
     if not workers:
         raise Missed
     member = workers[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from unified_rl.config import open_run
 from unified_rl.ledger import Run
 from unified_rl.runtime import current_ranks, run_stage, stage_arguments
+from unified_rl.standby import stand_by
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,7 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     config = open_run(arguments.run, arguments.recipe, arguments.overrides)
     from unified_rl.train.stage import train  # seconds of imports, that `--help` and wrong arguments need not wait for
 
-    return train(Run(arguments.run, config), arguments.iteration, current_ranks())
+    run = Run(arguments.run, config)
+    stand_by(run, arguments.iteration, "deepspeed", "torch._dynamo")
+    return train(run, arguments.iteration, current_ranks())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""A stage that is started before its turn waits for the one before it, and never outlives its loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unified_rl.config import open_run
+from unified_rl.launching import free_port
+from unified_rl.ledger import Run
+from unified_rl.manifests import Manifest, write_manifest
+from unified_rl.runtime import EXIT_STOPPED
+from unified_rl.standby import VARIABLE, main, stand_by
+
+WAITER = """
+import sys
+from unified_rl.config import load_run_config
+from unified_rl.ledger import Run
+from unified_rl.standby import stand_by
+print("started", flush=True)
+stand_by(Run(sys.argv[1], load_run_config(sys.argv[1])), 0, "colorsys")
+print("colorsys" in sys.modules, flush=True)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path, open_run(tmp_path, "gvu_janus_shapes", []))
+
+
+def commit(run: Run, stage: str) -> None:
+    folder = run.iteration_folder(0) / stage
+    folder.mkdir(parents=True)
+    write_manifest(folder, Manifest(stage, 0, [], "base", run.config_hash, {}))
+
+
+def waiter(run: Run, loop: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WAITER, run.path]
+    process = subprocess.Popen(
+        command, env={**os.environ, VARIABLE: f"rollout:{loop}"}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def test_nobody_waits_without_a_loop(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    stand_by(run, 0, "no_such_module")
+    assert main(["--run", str(run.path), "--iteration", "0"]) == 0
+
+
+def test_imports_first_then_waits_for_the_manifest(run: Run) -> None:
+    process = waiter(run, os.getpid())
+    time.sleep(0.5)
+    assert process.poll() is None
+    commit(run, "rollout")
+    assert process.communicate(timeout=30)[0] == "True\n"
+    assert process.returncode == 0
+
+
+def test_keeps_the_port_of_its_ranks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("RANK", "0")
+    process = waiter(run, os.getpid())
+    time.sleep(1)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", port))
+    commit(run, "rollout")
+    assert process.wait(30) == 0
+    with socket.socket() as other:
+        other.bind(("", port))
+
+
+def test_another_stage_is_not_the_one_it_waits_for(run: Run) -> None:
+    process = waiter(run, os.getpid())
+    commit(run, "reward")
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_ends_with_a_loop_that_was_killed(run: Run) -> None:
+    loop = subprocess.Popen(["sleep", "60"])
+    process = waiter(run, loop.pid)
+    loop.kill()
+    loop.wait()
+    assert process.communicate(timeout=30)[0] == ""
+    assert process.returncode == EXIT_STOPPED
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_ends_on_request(run: Run, number: signal.Signals) -> None:
+    process = waiter(run, os.getpid())
+    time.sleep(0.3)  # its handler is set after the line that it prints
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == EXIT_STOPPED
+
+
+@pytest.mark.parametrize("begun", ["mark", "manifest"])
+def test_the_launcher_goes_on_at_the_first_shard(run: Run, monkeypatch: pytest.MonkeyPatch, begun: str) -> None:
+    monkeypatch.setenv(VARIABLE, f"rollout:{2**22 + 1}")  # no process has this number
+    arguments = ["--run", str(run.path), "--iteration", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == EXIT_STOPPED
+    if begun == "mark":
+        folder = run.iteration_folder(0) / "rollout"
+        folder.mkdir(parents=True)
+        (folder / "shard-00003.done.json").write_text("{}")
+    else:
+        commit(run, "rollout")
+    assert main(arguments) == 0
