@@ -1,14 +1,14 @@
 """A whole iteration of the tiny GvU loop against the sum of its stages' compute.
 
-`ours` is what the launchers take for rollout, reward and train as the loop starts them, each before its turn: shells,
+`ours` is what an iteration takes in the loop, from the commit of one training to that of the next: shells,
 interpreters, imports, and the waiting between. `theirs` is the compute: the same stages in a process that has imported
 everything before the clock starts, each with its reading and writing, its model's weights and its engine. Both work on
-an iteration of a run of their own, with one worker and one rank; the weights that come out have to be the same bits.
-A stage of ours ends with its manifest, the last one with the launchers.
+two iterations of a run of their own, with one worker and one rank; the weights that come out have to be the same bits.
+The second iteration counts. The first, whose start nothing can hide, is a row of its own.
 
-The clock of `--clock cpu` counts the CPU seconds of the launchers and all that they start, of the whole alone.
+The clock is the wall's alone: `--clock` changes nothing.
 
-example: python -m benchmarks.iteration --prompts 256 --repeats 3
+example: python -m benchmarks.iteration --prompts 256 --repeats 2
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import measuring
@@ -37,9 +36,8 @@ from unified_rl.shards import write_records
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("rollout", "reward", "train")
-WHOLE = "whole"
-# What loop.sh does for an iteration.
-LOOP = 'source "$0"; parse_arguments "$@"; find_python; stage rollout+reward+train --run "$RUN" --iteration 0'
+WHOLE, FIRST = "whole", "first of a loop"
+ITERATIONS = 2
 IMPORTED = (
     "deepspeed", "peft", "torch._dynamo", "unified_rl.backbones.load", "unified_rl.reward.judges",
     "unified_rl.rollout.stage", "unified_rl.reward.stage", "unified_rl.train.stage",
@@ -48,44 +46,47 @@ MOST = 1.25
 Seconds = dict[str, float]
 
 
-def cpu_seconds() -> float:
-    """Of this process and of all that it started and that has ended."""
-    return sum(os.times()[:4])
-
-
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
-
-
 def new_run(folder: Path, prompts: Path, arguments: Namespace) -> Path:
     """A run of the recipe of `make demo` with one worker."""
     run = Path(tempfile.mkdtemp(dir=folder))
     open_run(
         run, "gvu_janus_shapes",
         [f"data.prompts={prompts}", f"data.prompts_per_iteration={arguments.prompts}", "rollout.workers=1",
-         "reward.workers=1", "train.ranks=1", f"backbone.threads={arguments.threads}"],
+         "reward.workers=1", "train.ranks=1", f"backbone.threads={arguments.threads}", "evaluate.prompts=",
+         f"iterations={ITERATIONS}"],
     )  # fmt: skip
     return run
 
 
-def launched(run: Path, clock: str) -> Seconds:
-    """Seconds of the iteration, and of each stage, by the launchers."""
-    command = ["bash", "-c", LOOP, ROOT / "launch" / "common.sh", "--run", run]
-    start, began = CLOCKS[clock](), time.time()
-    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable}, stderr=subprocess.DEVNULL)
-    seconds, ended = {WHOLE: CLOCKS[clock]() - start}, time.time()
-    folders = [Run(run, load_run_config(run)).stage_folder(0, stage) for stage in STAGES[:-1]]
-    ends = [(folder / MANIFEST_NAME).stat().st_mtime for folder in folders] + [ended]
-    return seconds | {stage: end - start for stage, start, end in zip(STAGES, [began, *ends], ends, strict=False)}
+def launched(run: Path) -> Seconds:
+    """Seconds of the first and of the second iteration, and of each stage of the second, by the loop."""
+    command, began = [ROOT / "launch" / "loop.sh", "--run", run], time.time()
+    subprocess.run(
+        command, check=True, env={**os.environ, "PYTHON": sys.executable}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    made = Run(run, load_run_config(run))
+    ends = [(made.stage_folder(k, s) / MANIFEST_NAME).stat().st_mtime for k in range(ITERATIONS) for s in STAGES]
+    first, second = ends[: len(STAGES)], ends[len(STAGES) :]
+    starts = [first[-1], *second]
+    seconds = {stage: end - start for stage, start, end in zip(STAGES, starts, second, strict=False)}
+    return {WHOLE: second[-1] - first[-1], FIRST: first[-1] - began, **seconds}
 
 
-def computed(run: Path, clock: str) -> Seconds:
-    """Seconds of each stage's compute."""
-    command = [sys.executable, "-m", "benchmarks.iteration", "--compute", run, "--clock", clock]
+def computed(run: Path) -> Seconds:
+    """The same, of the compute."""
+    first, second = (compute_in_a_process(run, iteration) for iteration in range(ITERATIONS))
+    return {WHOLE: sum(second.values()), FIRST: sum(first.values()), **second}
+
+
+def compute_in_a_process(run: Path, iteration: int) -> Seconds:
+    """Seconds of each stage; once weights are partitioned, their process draws no more."""
+    command = [sys.executable, "-m", "benchmarks.iteration", "--compute", run, "--iteration", str(iteration)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compute(path: Path, clock: str) -> Seconds:
+def compute(path: Path, iteration: int) -> Seconds:
     """The stages in this process."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in IMPORTED:
@@ -93,16 +94,16 @@ def compute(path: Path, clock: str) -> Seconds:
     run, seconds = Run(path, load_run_config(path)), {}
     for stage in STAGES:
         function = getattr(importlib.import_module(f"unified_rl.{stage}.stage"), stage)
-        start = CLOCKS[clock]()
-        if function(run, 0, Ranks(0, 0, 1)):
+        start = time.perf_counter()
+        if function(run, iteration, Ranks(0, 0, 1)):
             raise SystemExit(f"{stage} failed")
-        seconds[stage] = CLOCKS[clock]() - start
-    return {WHOLE: sum(seconds.values()), **seconds}
+        seconds[stage] = time.perf_counter() - start
+    return seconds
 
 
 def weights(path: Path) -> str:
     """SHA-256 of the policy that the iteration made."""
-    return Run(path, load_run_config(path)).require_manifest(0, "train").extra["policy_sha256"]
+    return Run(path, load_run_config(path)).require_manifest(ITERATIONS - 1, "train").extra["policy_sha256"]
 
 
 def rows(arguments: Namespace, folder: Path) -> list[Row]:
@@ -117,12 +118,12 @@ def rows(arguments: Namespace, folder: Path) -> list[Row]:
     for _ in range(arguments.repeats):
         for side, function in enumerate((launched, computed)):
             run = new_run(folder, prompts, arguments)
-            found[side].append(function(run, arguments.clock))
+            found[side].append(function(run))
             digests.add(weights(run))
     if len(digests) != 1:
         raise SystemExit("launchers and compute train other weights")
     made = []
-    for name in (WHOLE, *STAGES) if arguments.clock == "wall" else (WHOLE,):
+    for name in (WHOLE, FIRST, *STAGES):
         ours, theirs = (statistics.median(one[name] for one in side) for side in found)
         case, target = f"{name}, {arguments.prompts} prompts, at most", MOST if name == WHOLE else None
         made.append(Row("iteration", case, ours / theirs, target, ours, theirs))
@@ -131,12 +132,13 @@ def rows(arguments: Namespace, folder: Path) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     """A row for the iteration and one for each stage."""
-    parser = measuring.parser(__doc__)
+    parser = measuring.parser(__doc__, repeats=2)
     parser.add_argument("--prompts", type=int, default=256, help="of the iteration; 8 images each")
     parser.add_argument("--compute", type=Path, metavar="RUN", help="print the seconds of each stage's compute alone")
+    parser.add_argument("--iteration", type=int, default=0, help="whose seconds `--compute` prints")
     arguments = parser.parse_args(argv)
     if arguments.compute:
-        print(json.dumps(compute(arguments.compute, arguments.clock)))
+        print(json.dumps(compute(arguments.compute, arguments.iteration)))
         return
     folder = Path(tempfile.mkdtemp())
     try:

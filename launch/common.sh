@@ -19,6 +19,7 @@ FOLLOWING=() # arguments of reward that FOLLOW asks for
 # shellcheck disable=SC2034 # used by the launchers
 [[ ${FOLLOW:-} != 1 ]] || FOLLOWING=(--follow ${FOLLOW_TIMEOUT:+--follow-timeout "$FOLLOW_TIMEOUT"})
 SIGNAL_BELOW='' # 1: a signal goes to the children of the started process, not to the process itself
+STARTED=()      # processes in the background that nobody has waited for
 STOPPED=''      # 1 after INT, TERM or USR2: what runs is ended, nothing more is started
 
 fail() {
@@ -142,9 +143,10 @@ run_workers() {
       print_command "${LAUNCH_ENV[@]}" "${ranks[@]}" "$@"
     elif [[ -z $STOPPED ]]; then
       env "${LAUNCH_ENV[@]}" "${ranks[@]}" "$@" &
+      STARTED+=("$!")
     fi
   done
-  wait_children || code=$?
+  wait_children 0 || code=$?
   [[ -z $STOPPED ]] || ((code == 0)) || code=75
   return "$code"
 }
@@ -157,27 +159,35 @@ require_committed() {
   [[ ${DRY_RUN:-} == 1 || -f $mark ]] || fail "$1 ended without $mark; the same command continues it" "${STOPPED:+75}"
 }
 
-# Where a loop started this launcher before its turn: waits for the first shard of the stage before.
+# Where a loop started this launcher before its turn: waits until the stage before is at work.
 stand_by() {
-  [[ -z ${STANDBY:-} || ${DRY_RUN:-} == 1 ]] || run "$PYTHON" -m unified_rl.standby --run "$RUN" --iteration "$ITERATION"
+  [[ -z ${STANDBY:-} || ${DRY_RUN:-} == 1 ]] || run "$PYTHON" -m unified_rl.standby --run "$RUN"
 }
 
-# stage NAME[+NAME...] ARGUMENTS...: runs other launchers side by side, which print their own commands in a dry run. Each
-# waits for the one before it; reward follows its rollout instead where FOLLOW asks for it.
+# stage NAME ARGUMENTS...: runs another launcher to its end; in a dry run it prints its own commands.
 stage() {
-  local name before='' code=0
-  for name in ${1//+/ }; do
-    if [[ ${DRY_RUN:-} == 1 ]]; then
-      "$ROOT/launch/$name.sh" "${@:2}"
-    elif [[ -z $STOPPED ]]; then
-      [[ $name != reward || ${FOLLOW:-} != 1 ]] || before=''
-      env "${LAUNCH_ENV[@]}" ${before:+"STANDBY=$before:$$"} "$ROOT/launch/$name.sh" "${@:2}" &
-      before=$name
-    fi
-  done
-  wait_children || code=$?
+  begin '' "$@"
+  finish 0
+}
+
+# begin STAGE:ITERATION NAME ARGUMENTS...: starts another launcher. Before its turn, it waits for the stage that is named.
+begin() {
+  local before=$1 name=$2
+  shift 2
+  if [[ ${DRY_RUN:-} == 1 ]]; then
+    "$ROOT/launch/$name.sh" "$@"
+  elif [[ -z $STOPPED ]]; then
+    env "${LAUNCH_ENV[@]}" ${before:+"STANDBY=$before:$$"} "$ROOT/launch/$name.sh" "$@" &
+    STARTED+=("$!")
+  fi
+}
+
+# finish N: waits until at most N launchers are left. Ends this one when one has failed or after a signal.
+finish() {
+  local code=0
+  wait_children "$1" || code=$?
   [[ -z $STOPPED ]] || exit 75
-  return "$code"
+  ((code == 0)) || exit "$code"
 }
 
 # Prompt shards of the synthetic world, where the recipes expect them.
@@ -195,13 +205,13 @@ shapes_images() {
     run "$PYTHON" data_tools/pack_images.py --shapes train --count 2048 --out data/shapes_images
 }
 
-# Waits for all background processes; the first failure stops the rest and is the result.
+# wait_children N: until at most N of the processes in the background are left; the first failure stops the rest and is
+# the result.
 wait_children() {
-  local child code first=0 started stopping='' deadline=0 running
-  mapfile -t started < <(jobs -p)
-  while ((${#started[@]})); do
+  local child code first=0 stopping='' deadline=0 running
+  while ((${#STARTED[@]} > $1)) || [[ ${#STARTED[@]} != 0 && -n $STOPPED$stopping ]]; do
     running=()
-    for child in "${started[@]}"; do
+    for child in "${STARTED[@]}"; do
       if kill -0 "$child" 2>/dev/null; then
         running+=("$child")
         continue
@@ -210,12 +220,12 @@ wait_children() {
       wait "$child" || code=$?
       ((code == 0 || first != 0)) || first=$code
     done
-    started=("${running[@]}")
-    ((${#started[@]})) || break
+    STARTED=("${running[@]}")
+    ((${#STARTED[@]})) || break
     if [[ -n $STOPPED ]] || ((first)); then
       [[ -n $stopping ]] || { stopping=1 SIGNALLED='' BELOW=() && deadline=$((SECONDS + ${STOP_SECONDS:-120})); }
-      signal_children "${started[@]}"
-      ((SECONDS < deadline)) || kill -KILL "${started[@]}" "${BELOW[@]}" 2>/dev/null || true
+      signal_children "${STARTED[@]}"
+      ((SECONDS < deadline)) || kill -KILL "${STARTED[@]}" "${BELOW[@]}" 2>/dev/null || true
     fi
     sleep 0.1 || true # a bare `wait` cannot tell which of several ended (bash < 5.1)
   done

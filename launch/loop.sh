@@ -14,19 +14,32 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_arguments "$@"
 [[ -z $ITERATION ]] || fail "loop.sh takes no --iteration: it continues where the run is" 2
 find_python
-# Side by side, each waiting for the one before. The other machines of a hostfile cannot see whether this loop still runs.
-together=rollout+reward+train
-[[ -z ${DS_HOSTFILE:-} ]] || together=rollout+reward
-[[ ${PREFETCH:-} != 0 ]] || together=${FOLLOWING[0]:+rollout+reward}
-plan=$(ask_python plan ${together:+--together "$together"}) || exit "$?"
+plan=$(ask_python plan) || exit "$?"
 
 # Wall-clock seconds, a line for each time the loop ran.
 [[ ${DRY_RUN:-} == 1 ]] || trap 'echo "$SECONDS" >>"$RUN/loop_seconds"' EXIT
 
+# Whether a stage may start while the one before it, `STAGE:ITERATION` or nothing, is still at work.
+starts_early() {
+  case ${before%:*}/$1 in
+    rollout/reward) [[ ${PREFETCH:-} != 0 || ${FOLLOW:-} == 1 ]] ;;
+    # The other machines of a hostfile cannot see whether this loop lives.
+    reward/train) [[ ${PREFETCH:-} != 0 && -z ${DS_HOSTFILE:-} ]] ;;
+    train/rollout) [[ ${PREFETCH:-} != 0 ]] ;;
+    *) return 1 ;;
+  esac
+}
+
+before=''
 while read -r stage iteration <&3; do
   if [[ $stage == report ]]; then
+    finish 0
     run "$PYTHON" -m unified_rl.report --run "$RUN"
-  else
-    stage "$stage" --run "$RUN" --iteration "$iteration" "${RECIPE_ARGUMENTS[@]}"
+    continue
   fi
+  if starts_early "$stage"; then finish 1; else finish 0 && before=''; fi
+  [[ $stage != reward || ${FOLLOW:-} != 1 ]] || before='' # takes the shards as they come
+  begin "$before" "$stage" --run "$RUN" --iteration "$iteration" "${RECIPE_ARGUMENTS[@]}"
+  before=$stage:$iteration
 done 3<<<"$plan"
+finish 0

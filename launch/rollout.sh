@@ -15,6 +15,7 @@ parse_arguments "$@"
 require_iteration
 find_python
 config_values rollout.workers
+stand_by
 workers=$(processes WORKERS "${CONFIG[0]}")
 run_workers "$workers" "$PYTHON" -m unified_rl.rollout "${ARGUMENTS[@]}"
 require_committed rollout

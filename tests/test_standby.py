@@ -25,7 +25,7 @@ from unified_rl.config import load_run_config
 from unified_rl.ledger import Run
 from unified_rl.standby import stand_by
 print("started", flush=True)
-stand_by(Run(sys.argv[1], load_run_config(sys.argv[1])), 0, "colorsys")
+stand_by(Run(sys.argv[1], load_run_config(sys.argv[1])), "colorsys")
 print("colorsys" in sys.modules, flush=True)
 """
 
@@ -44,7 +44,7 @@ def commit(run: Run, stage: str) -> None:
 def waiter(run: Run, loop: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WAITER, run.path]
     process = subprocess.Popen(
-        command, env={**os.environ, VARIABLE: f"rollout:{loop}"}, stdout=subprocess.PIPE, text=True
+        command, env={**os.environ, VARIABLE: f"rollout:0:{loop}"}, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "started\n"
     return process
@@ -52,8 +52,8 @@ def waiter(run: Run, loop: int) -> subprocess.Popen[str]:
 
 def test_nobody_waits_without_a_loop(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    stand_by(run, 0, "no_such_module")
-    assert main(["--run", str(run.path), "--iteration", "0"]) == 0
+    stand_by(run, "no_such_module")
+    assert main(["--run", str(run.path)]) == 0
 
 
 def test_imports_first_then_waits_for_the_manifest(run: Run) -> None:
@@ -106,17 +106,22 @@ def test_ends_on_request(run: Run, number: signal.Signals) -> None:
     assert process.returncode == EXIT_STOPPED
 
 
-@pytest.mark.parametrize("begun", ["mark", "manifest"])
-def test_the_launcher_goes_on_at_the_first_shard(run: Run, monkeypatch: pytest.MonkeyPatch, begun: str) -> None:
-    monkeypatch.setenv(VARIABLE, f"rollout:{2**22 + 1}")  # no process has this number
-    arguments = ["--run", str(run.path), "--iteration", "0"]
+@pytest.mark.parametrize(
+    ("stage", "begun"), [("rollout", "mark"), ("reward", "mark"), ("reward", "manifest"), ("train", "folder")]
+)
+def test_the_launcher_goes_on_when_the_stage_before_is_at_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch, stage: str, begun: str
+) -> None:
+    monkeypatch.setenv(VARIABLE, f"{stage}:0:{2**22 + 1}")  # no process has this number
+    arguments = ["--run", str(run.path)]
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == EXIT_STOPPED
-    if begun == "mark":
-        folder = run.iteration_folder(0) / "rollout"
-        folder.mkdir(parents=True)
-        (folder / "shard-00003.done.json").write_text("{}")
+    if begun == "manifest":
+        commit(run, stage)
     else:
-        commit(run, "rollout")
+        folder = run.iteration_folder(0) / stage
+        folder.mkdir(parents=True)
+    if begun == "mark":
+        (folder / "shard-00003.done.json").write_text("{}")
     assert main(arguments) == 0

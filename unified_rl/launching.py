@@ -2,7 +2,6 @@
 
     python -m unified_rl.launching values --run RUN [--recipe NAME] [key=value ...] KEY ...   one value a line
     python -m unified_rl.launching plan --run RUN [--recipe NAME] [key=value ...]             `STAGE ITERATION` a line
-                              --together rollout+reward: `rollout+reward ITERATION` where both are left
     python -m unified_rl.launching port
 
 Both questions about a run create `RUN/config.yaml` or compare the arguments with it; `--dry-run` writes nothing.
@@ -60,18 +59,6 @@ def remaining_stages(run: Run) -> list[tuple[str, int]]:
     return [*stages, ("report", run.config.iterations)]
 
 
-def grouped(stages: list[tuple[str, int]], together: list[str]) -> list[tuple[str, int]]:
-    """The same stages; those of an iteration that are `together` and follow each other as one, `rollout+reward`."""
-    made: list[tuple[str, int]] = []
-    for stage, iteration in stages:
-        before, at = made[-1] if made else ("", -1)
-        if at == iteration and stage in together and before.rpartition("+")[2] in together:
-            made[-1] = (f"{before}+{stage}", iteration)
-        else:
-            made.append((stage, iteration))
-    return made
-
-
 def free_port() -> int:
     """A TCP port that nothing on this machine listens on now."""
     with socket.socket() as probe:
@@ -94,9 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", metavar="RUN", help="run folder")
     parser.add_argument("--recipe", metavar="NAME", help="recipe name or YAML file; needed to create a run")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument(
-        "--together", default="", metavar="STAGE+STAGE", help="of a plan: stages of an iteration that start together"
-    )
     parser.add_argument("words", nargs="*", metavar="key=value|KEY")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.question == "port":
@@ -111,8 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.question == "values":
         lines = [config_value(config, key) for key in keys]
     else:
-        stages = grouped(remaining_stages(Run(arguments.run, config)), arguments.together.split("+"))
-        lines = [f"{stage} {iteration}" for stage, iteration in stages]
+        lines = [f"{stage} {iteration}" for stage, iteration in remaining_stages(Run(arguments.run, config))]
     print("\n".join(lines))
     return EXIT_OK
 

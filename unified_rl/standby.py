@@ -1,9 +1,9 @@
 """A stage that the loop starts before its turn, so that its shells, launchers and imports take no time of their own.
 
-The launchers of all stages of an iteration start together. Each waits until the stage before it has its first shard,
-then starts its processes; these import what they need, then wait until that stage is committed.
+Its launcher waits until the stage before is at work (has its first shard; training has begun), then starts the
+processes; these import what they need, then wait until that stage is committed.
 
-    python -m unified_rl.standby --run RUN --iteration K   returns at the first shard of the stage before
+    python -m unified_rl.standby --run RUN   returns when the stage before is at work
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from unified_rl.config import load_run_config
 from unified_rl.ledger import Run
 from unified_rl.runtime import EXIT_OK, EXIT_STOPPED, StopRequest, run_stage, stage_arguments
 
-VARIABLE = "STANDBY"  # STAGE:PID, the stage before and the loop's shell; not set where nobody is to wait
+VARIABLE = "STANDBY"  # STAGE:ITERATION:PID, the stage before and the loop's shell; not set where nobody is to wait
 POLL_SECONDS = 0.1
 
 
-def stand_by(run: Run, iteration: int, *modules: str) -> None:
+def stand_by(run: Run, *modules: str) -> None:
     """Import `modules` and wait until the stage before is committed, if this process was started before its turn.
 
     Raises:
@@ -37,13 +37,13 @@ def stand_by(run: Run, iteration: int, *modules: str) -> None:
                 # It was free when the launcher chose it; bound, it is nobody else's until the ranks meet there.
                 with suppress(OSError):
                     port.bind(("", int(os.environ["MASTER_PORT"])))
-            _wait(lambda stage: run.manifest(iteration, stage) is not None)
+            _wait(lambda stage, iteration: run.manifest(iteration, stage) is not None)
 
 
-def _wait(done: Callable[[str], bool]) -> None:
-    stage, _, loop = os.environ[VARIABLE].partition(":")
+def _wait(done: Callable[[str, int], bool]) -> None:
+    stage, iteration, loop = os.environ[VARIABLE].split(":")
     with StopRequest() as stop:
-        while not done(stage):
+        while not done(stage, int(iteration)):
             if stop.requested or not _is_alive(int(loop)):
                 raise SystemExit(EXIT_STOPPED)
             time.sleep(POLL_SECONDS)
@@ -59,15 +59,16 @@ def _is_alive(pid: int) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module's text."""
-    arguments = stage_arguments("standby", "python -m unified_rl.standby --run runs/demo --iteration 0", argv)
+    arguments = stage_arguments("standby", "python -m unified_rl.standby --run runs/demo", argv, iteration=False)
     run = Run(arguments.run, load_run_config(arguments.run))
 
-    def has_begun(stage: str) -> bool:
-        folder = run.iteration_folder(arguments.iteration) / stage
-        return any(folder.glob("shard-*.done.json")) or run.manifest(arguments.iteration, stage) is not None
+    def at_work(stage: str, iteration: int) -> bool:
+        folder = run.iteration_folder(iteration) / stage
+        signs = folder.exists() if stage == "train" else any(folder.glob("shard-*.done.json"))
+        return signs or run.manifest(iteration, stage) is not None
 
     if VARIABLE in os.environ:
-        _wait(has_begun)
+        _wait(at_work)
     return EXIT_OK
 
 

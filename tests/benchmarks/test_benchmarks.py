@@ -34,7 +34,7 @@ OF_PROCESSES = {
         "--width 256 --layers 1 --side 2 --vocabulary 2000 --groups 1 --group 2 --answers 2 --micro-batch 2",
         4,
     ),
-    "iteration": ("--prompts 2", 4),
+    "iteration": ("--prompts 2", 5),
     "rollout_engine": ("--width 256 --layers 1 --side 2 --group 2", 2),
 }
 

@@ -24,6 +24,7 @@ from unified_rl.runtime import EXIT_STOPPED
 DISK_MIB = 768
 LEFT_BYTES = 192 << 10  # at most, on a disk that is filled
 ORPHAN_SECONDS = 300
+REFUSAL_SECONDS = 120
 
 
 class Missed(Exception):
@@ -292,9 +293,12 @@ def start_twice(field: Field) -> Struck:
     finally:
         send(workers, signal.SIGCONT)
     struck = Struck(f"{member.stage} {member.iteration}", last_error(text))
-    if code == 0 and "already committed" not in text:
+    if code == 0 and "already committed" not in text:  # the second was first
+        deadline = time.monotonic() + REFUSAL_SECONDS
+        while not (answer := re.search(r"already (at work|committed)", loop.said())) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
         struck.message = "" if loop.running else last_error(loop.said())
-        if "already at work" not in loop.said():
+        if not answer:
             struck.complaint = f"two starts of one stage and none was refused: {text[-500:]}"
     elif code and "already at work" not in errors(text):
         struck.complaint = f"the second start ended with {code} and no clear refusal: {text[-800:]}"

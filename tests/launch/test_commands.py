@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,19 +55,6 @@ def test_reward_beside_its_rollout_on_request(tmp_path: Path) -> None:
     assert [c.split("unified_rl.")[1].split()[0] for c in commands] == ["rollout", "reward", "train", "report"]
     assert [c.endswith(" --follow --follow-timeout 90") for c in commands] == [False, True, False, False]
     assert "--follow" not in " ".join(dry_run("loop.sh", *arguments))
-
-
-@pytest.mark.parametrize(
-    ("together", "lines"),
-    [((), ["evaluate 0", "rollout 0", "reward 0", "train 0", "rollout 1", "reward 1", "train 1"]),
-     (("rollout+reward",), ["evaluate 0", "rollout+reward 0", "train 0", "rollout+reward 1", "train 1"]),
-     (("rollout+reward+train",), ["evaluate 0", "rollout+reward+train 0", "rollout+reward+train 1"])],
-)  # fmt: skip
-def test_stages_of_an_iteration_that_start_together(tmp_path: Path, together: tuple[str], lines: list[str]) -> None:
-    plan = [sys.executable, "-m", "unified_rl.launching", "plan", "--run", str(tmp_path / "run"), *SHAPES]
-    plan += ["iterations=2", "--dry-run", *(("--together", *together) if together else ())]
-    answer = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert answer == [*lines, "evaluate 2", "report 2"]
 
 
 def test_train_on_several_machines_and_fixed_port() -> None:

@@ -140,13 +140,40 @@ def test_launchers_side_by_side_end_together(folder: Path, fails: bool) -> None:
     for name, script in (("one", waits), ("two", other)):
         (launchers / f"{name}.sh").write_text(f"#!/bin/bash\n{SETUP}{script}")
         (launchers / f"{name}.sh").chmod(0o755)
-    shell = start(f"ROOT='{folder.parent}'; stage one+two; echo after")
+    shell = start(f"ROOT='{folder.parent}'; begin '' one; begin '' two; finish 0; echo after")
     pids = wait_for_pids(folder, 1 if fails else 2)
     if not fails:
         shell.terminate()
     output = shell.communicate(timeout=120)[0]
     assert shell.returncode == (41 if fails else 75), output
     assert "after" not in output
+    assert all_gone(pids)
+
+
+@pytest.mark.parametrize("code", [0, 41])
+def test_a_launcher_that_stands_by_outlives_the_one_before_unless_that_fails(folder: Path, code: int) -> None:
+    launchers = folder.parent / "launch"
+    launchers.mkdir()
+    scripts = {
+        "first": f"while [[ ! -s '{folder}/0' ]]; do sleep 0.05; done; echo \"first ${{STANDBY-}}\"; exit {code}",
+        "second": f'echo "second ${{STANDBY%:*}}"; {SETUP}run_workers 1 "$PYTHON" \'{worker_file(folder)}\'',
+    }
+    for name, script in scripts.items():
+        (launchers / f"{name}.sh").write_text(f"#!/bin/bash\n{script}")
+        (launchers / f"{name}.sh").chmod(0o755)
+    shell = start(
+        f"ROOT='{folder.parent}'; begin '' first; finish 1; begin first:0 second; finish 1; "
+        'echo "left ${#STARTED[@]}"; finish 0; echo after'
+    )
+    pids = wait_for_pids(folder, 1)
+    if code == 0:
+        time.sleep(1)
+        assert not all_gone(pids, 0.1)
+        shell.terminate()
+    output = shell.communicate(timeout=120)[0]
+    assert shell.returncode == (code or 75), output
+    assert "first \n" in output and "second first:0\n" in output
+    assert ("left 1" in output) == (code == 0) and "after" not in output
     assert all_gone(pids)
 
 

@@ -1,6 +1,8 @@
 """TensorBoard logs, pictures and the HTML page of a finished run."""
 
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -229,3 +231,22 @@ def test_token_line_colours_by_likelihood():
     line = html_parts.token_line([" red", "<b>"], [np.log(0.9), np.log(0.02)])
     assert '<span class="tok l0">red<small>0.90</small>' in line
     assert '<span class="tok l4">&lt;b&gt;<small>0.02</small>' in line
+
+
+def test_logs_that_cannot_be_written_are_named(run):
+    """The error comes from a thread of the writer, which knows no path and would print a traceback of its own."""
+    script = (
+        "import resource, signal, sys\n"
+        "from unified_rl.report.tensorboard import write_tensorboard\n"
+        "from unified_rl.report.truth import read_truth\n"
+        "truth = read_truth(sys.argv[1])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n    write_tensorboard(truth)\n"
+        "except OSError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(run.path)], capture_output=True, text=True, timeout=120)
+    assert f"File too large: '{run.path / 'tensorboard'}'" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+    write_tensorboard(read_truth(run.path))
+    assert len(list((run.path / "tensorboard").iterdir())) == 1

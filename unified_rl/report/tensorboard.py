@@ -6,6 +6,7 @@ step 0, so that a TensorBoard that has the old file open drops its points instea
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +122,11 @@ def pixels(picture: Image.Image) -> np.ndarray:
 
 
 def write_tensorboard(truth: Truth) -> Path:
-    """Rebuild `RUN/tensorboard`; returns the folder."""
+    """Rebuild `RUN/tensorboard`; returns the folder.
+
+    Raises:
+        OSError: it could not be written; the error names it, which the writer's own does not.
+    """
     # Imported here: it takes seconds, and the HTML report does not need it.
     from torch.utils.tensorboard import SummaryWriter
 
@@ -129,10 +134,16 @@ def write_tensorboard(truth: Truth) -> Path:
 
     folder = truth.run.path / "tensorboard"
     old = set(folder.glob("events.out.tfevents.*"))
-    with SummaryWriter(str(folder), purge_step=0) as writer:
-        write_scalars(writer, truth)
-        write_pictures(writer, truth)
-        writer.add_text("config", f"```yaml\n{to_yaml(truth.config)}```", 0)
+    hook, threading.excepthook = threading.excepthook, lambda _: None  # its thread's error is raised here as well
+    try:
+        with SummaryWriter(str(folder), purge_step=0) as writer:
+            write_scalars(writer, truth)
+            write_pictures(writer, truth)
+            writer.add_text("config", f"```yaml\n{to_yaml(truth.config)}```", 0)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    finally:
+        threading.excepthook = hook
     for stale in old:
         stale.unlink(missing_ok=True)
     return folder

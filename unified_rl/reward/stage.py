@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = open_run(arguments.run, arguments.recipe, arguments.overrides)
     run, ranks = Run(arguments.run, config), current_ranks()
-    stand_by(run, arguments.iteration, "unified_rl.reward.judges")
+    stand_by(run, "unified_rl.reward.judges")
     with run.lock(f"{STAGE}-{ranks.rank}"):
         return reward(run, arguments.iteration, ranks, arguments.follow_timeout if arguments.follow else None)
 

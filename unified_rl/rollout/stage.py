@@ -31,6 +31,7 @@ from unified_rl.runtime import (
     stage_arguments,
 )
 from unified_rl.shards import image_shards, load_images, load_prompts, write_records
+from unified_rl.standby import stand_by
 
 if TYPE_CHECKING:
     from unified_rl.backbones.load import Backbone
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = stage_arguments(STAGE, "python -m unified_rl.rollout --run runs/demo --iteration 0", argv)
     config = open_run(arguments.run, arguments.recipe, arguments.overrides)
     run, ranks = Run(arguments.run, config), current_ranks()
+    stand_by(run, "unified_rl.backbones.load")
     with run.lock(f"{STAGE}-{ranks.rank}"):
         return rollout(run, arguments.iteration, ranks)
 

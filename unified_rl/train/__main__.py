@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     from unified_rl.train.stage import train  # seconds of imports, that `--help` and wrong arguments need not wait for
 
     run = Run(arguments.run, config)
-    stand_by(run, arguments.iteration, "deepspeed", "torch._dynamo")
+    stand_by(run, "deepspeed", "torch._dynamo")
     return train(run, arguments.iteration, current_ranks())
 
 

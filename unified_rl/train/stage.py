@@ -108,6 +108,7 @@ def train_iteration(run: Run, iteration: int, ranks: Ranks) -> int:
     enable_determinism()
     # Before any weights are loaded: a missing stage should not cost minutes.
     jobs = [plan(run, iteration, role) for role in roles.roles_of(config, iteration)]
+    run.stage_folder(iteration, STAGE)  # tells that training has begun
     stop = StopRequest()
     for job in jobs:
         stopped = train_role(run, iteration, ranks, job, stop)
