@@ -148,6 +148,9 @@ def strike(field: Field, kind: str, place: str, seconds: dict[str, float]) -> tu
         try:
             return KINDS[kind](field), *here
         except Missed:
+            if loop.next_stage() is None:  # nothing is left to strike, however often it is started
+                loop.end()
+                return None
             waits = False
             time.sleep(5 * POLL_SECONDS)
 
