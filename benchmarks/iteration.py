@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import measuring
@@ -68,9 +69,8 @@ def launched(run: Path) -> Seconds:
     made = Run(run, load_run_config(run))
     ends = [(made.stage_folder(k, s) / MANIFEST_NAME).stat().st_mtime for k in range(ITERATIONS) for s in STAGES]
     first, second = ends[: len(STAGES)], ends[len(STAGES) :]
-    starts = [first[-1], *second]
-    seconds = {stage: end - start for stage, start, end in zip(STAGES, starts, second, strict=False)}
-    return {WHOLE: second[-1] - first[-1], FIRST: first[-1] - began, **seconds}
+    seconds = [end - start for start, end in pairwise([first[-1], *second])]
+    return {WHOLE: sum(seconds), FIRST: first[-1] - began, **dict(zip(STAGES, seconds, strict=True))}
 
 
 def computed(run: Path) -> Seconds:

@@ -32,14 +32,12 @@ starts_early() {
 
 before=''
 while read -r stage iteration <&3; do
-  if [[ $stage == report ]]; then
-    finish 0
-    run "$PYTHON" -m unified_rl.report --run "$RUN"
-    continue
-  fi
   if starts_early "$stage"; then finish 1; else finish 0 && before=''; fi
   [[ $stage != reward || ${FOLLOW:-} != 1 ]] || before='' # takes the shards as they come
-  begin "$before" "$stage" --run "$RUN" --iteration "$iteration" "${RECIPE_ARGUMENTS[@]}"
+  if [[ $stage == report ]]; then # comes last
+    run "$PYTHON" -m unified_rl.report --run "$RUN"
+  else
+    begin "$before" "$stage" --run "$RUN" --iteration "$iteration" "${RECIPE_ARGUMENTS[@]}"
+  fi
   before=$stage:$iteration
 done 3<<<"$plan"
-finish 0

@@ -194,14 +194,16 @@ class Loop:
 
     def place(self) -> tuple[str, int]:
         """(place, iteration) of the moment; between stages the iteration is -1."""
-        for member in self.workers()[:1]:
-            stage, iteration = member.stage, member.iteration
-            return COMMIT if self.committing(stage, iteration) else stage, iteration
-        return BETWEEN, -1
+        workers = self.workers()
+        if not workers:
+            return BETWEEN, -1
+        stage, iteration = workers[0].stage, workers[0].iteration
+        return COMMIT if self.committing(stage, iteration) else stage, iteration
 
     def workers(self) -> list[Member]:
         """Workers of the stage whose turn it is; those of later stages stand by."""
-        return [m for m in self.members() if (m.stage, m.iteration) == self.next_stage()]
+        turn = self.next_stage()
+        return [m for m in self.members() if (m.stage, m.iteration) == turn]
 
     def cpu(self) -> float:
         """CPU seconds of this start so far: a clock that other work on the machine does not move."""

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     module = "unified_rl.evaluation.compare"
     parser = command_parser(module, __doc__, f"python -m {module} runs/demo")
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--iteration", type=int, metavar="K", help="weights after K iterations; default: the last")
+    parser.add_argument("--iteration", type=int, metavar="K", help="after K iterations; default: last evaluated")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where to store the rows; default RUN/comparison.json"
     )

@@ -134,7 +134,9 @@ def write_tensorboard(truth: Truth) -> Path:
 
     folder = truth.run.path / "tensorboard"
     old = set(folder.glob("events.out.tfevents.*"))
-    hook, threading.excepthook = threading.excepthook, lambda _: None  # its thread's error is raised here as well
+    hook = threading.excepthook
+    # What stops the writer's thread is raised here as well; other threads' errors are their own.
+    threading.excepthook = lambda raised: None if issubclass(raised.exc_type, OSError) else hook(raised)
     try:
         with SummaryWriter(str(folder), purge_step=0) as writer:
             write_scalars(writer, truth)
