@@ -68,13 +68,14 @@ def parser(description: str, repeats: int = 3) -> argparse.ArgumentParser:
 
 
 def compare(
-    ours: Callable[[], Ours], theirs: Callable[[], Theirs], repeats: int, clock: str = "wall"
+    ours: Callable[[], Ours], theirs: Callable[[], Theirs], repeats: int, clock: str = "wall", warm: bool = False
 ) -> tuple[float, float, Ours, Theirs]:
-    """Median seconds and last results of both sides, after one warm-up call of each.
+    """Median seconds and last results of both sides, after one warm-up call of each unless they are `warm` already.
 
     They take turns, so that whatever else the machine does disturbs both.
     """
-    sides, seconds, results = (ours, theirs), ([], []), [ours(), theirs()]
+    sides, seconds = (ours, theirs), ([], [])
+    results = [None, None] if warm else [ours(), theirs()]
     for _ in range(repeats):
         for side, function in enumerate(sides):
             synchronise()

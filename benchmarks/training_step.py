@@ -146,8 +146,7 @@ def ours(arguments: Namespace, data: IterationData | TextData, vocabulary: int) 
     accumulation = micro_batches_per_rank(len(data.samples), 1, arguments.micro_batch)
     name = "zero3_cpu" if arguments.dtype == "float32" else "zero3_bf16"
     ds_config = zero3.load_ds_config(name, arguments.dtype, arguments.micro_batch, accumulation, 1, 1.0)
-    if arguments.recompute:
-        backbone.enable_activation_checkpointing(arguments.recompute)
+    backbone.enable_activation_checkpointing(arguments.recompute)
     engine = zero3.Zero3Engine((ReadingPath if texts else DrawingPath)(backbone), ds_config)
     old = [s.old_log_probs for s in data.samples]
     state = RoleState(KlController(coefficient=KL), RunningMean())

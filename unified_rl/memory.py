@@ -182,9 +182,9 @@ class Network:
             if ("lora_" in name) if scope == "lora" else kind.trained_in_full(name):
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(True)
-        if recompute and self.family == "bagel":
+        if self.family == "bagel":
             self.model.enable_activation_checkpointing(recompute)
-        elif recompute:
+        else:
             JanusBackbone.recompute_layers(self.model, recompute)
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 

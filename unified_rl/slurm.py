@@ -295,16 +295,11 @@ def main(argv: list[str] | None = None) -> int:
         for name, text in scripts.items():
             print(f"==> {run / 'slurm' / name} <==\n{text}")
     else:
-        write_scripts(run / "slurm", {**scripts, "config.yaml": to_yaml(config)})
+        (run / "slurm/logs").mkdir(parents=True, exist_ok=True)  # SLURM starts in it and logs to it
+        for name, text in {**scripts, "config.yaml": to_yaml(config)}.items():
+            atomic_write_bytes(run / "slurm" / name, text.encode())
     print("\n".join(f"{job.name} {','.join(job.after) or '-'}{' after' if job.follow else ''}" for job in jobs))
     return EXIT_OK
-
-
-def write_scripts(folder: Path, texts: dict[str, str]) -> None:
-    """Write the files and the folder that SLURM starts in and logs to."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        atomic_write_bytes(folder / name, text.encode())
 
 
 if __name__ == "__main__":

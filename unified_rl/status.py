@@ -147,11 +147,6 @@ def _silence(status: dict | None) -> float:
         return float("inf")
 
 
-def _age(status: dict) -> str:
-    silence = _silence(status)
-    return format_seconds(silence) if silence < float("inf") else "?"
-
-
 def activity_line(status: dict | None) -> str:
     """What the run said last about itself."""
     if status is None:
@@ -168,7 +163,9 @@ def activity_line(status: dict | None) -> str:
         parts.append(f"eta {format_seconds(status['eta_s'])}")
     if isinstance(status.get("reward"), float):
         parts.append(f"reward {status['reward']:.4f}")
-    parts.append(f"{_age(status)} ago by process {status.get('pid')} on {status.get('host')}")
+    silence = _silence(status)
+    age = format_seconds(silence) if silence < float("inf") else "?"
+    parts.append(f"{age} ago by process {status.get('pid')} on {status.get('host')}")
     return ", ".join(parts)
 
 
@@ -180,11 +177,6 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     return struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK
-
-
-def _committed_at(run: Run, stage: str) -> float:
-    pattern = f"evaluation/iter_*/{MANIFEST_NAME}" if stage == "evaluate" else f"iter_*/{stage}/{MANIFEST_NAME}"
-    return max((path.stat().st_mtime for path in run.path.glob(pattern)), default=0.0)
 
 
 def worker_problems(run: Run, silent: float) -> list[str]:
@@ -200,6 +192,8 @@ def worker_problems(run: Run, silent: float) -> list[str]:
         if found is None:
             continue
         name, owner = path.stem, {"host": found[1], "pid": int(found[2])}
+        folders = "evaluation/iter_*" if name.startswith("evaluate") else f"iter_*/{name.split('-')[0]}"
+        committed = [manifest.stat().st_mtime for manifest in run.path.glob(f"{folders}/{MANIFEST_NAME}")]
         who = f"{name}: process {found[2]} on {found[1]}"
         if is_locked(path):
             if not _alive(owner):
@@ -209,7 +203,7 @@ def worker_problems(run: Run, silent: float) -> list[str]:
                     f"{who} holds its lock and has said nothing for over {SILENT_SECONDS / 60:.0f} minutes: look at "
                     f"that host; if it is down, delete {path}"
                 )
-        elif path.stat().st_mtime > _committed_at(run, name.split("-")[0]):
+        elif path.stat().st_mtime > max(committed, default=0.0):
             failure = next((line for line in lines if line.startswith("failed: ")), None)
             gone = "was killed, or its host keeps locks to itself (see `make doctor`); the same command continues"
             problems.append(f"{who} {failure or gone}")

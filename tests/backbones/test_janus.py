@@ -367,3 +367,17 @@ def test_packed_linears_give_the_same_and_are_gone_afterwards(janus):
             raise KeyError
         assert torch.equal(heads(states), expected)
     assert "forward" not in vars(heads.vision_head)
+
+
+def test_packed_linears_that_read_the_same_states_are_one_product(janus):
+    layer = janus.model.model.language_model.layers[0]
+    parts = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    states = torch.randn(4, 1, parts[0].in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = [part(states) for part in parts]
+        fed = layer.mlp(states)
+        with packed_linears([layer], 4):
+            found = [part(states) for part in parts]
+            assert all(part._base is found[0]._base is not None for part in found)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(layer.mlp(states), fed, atol=1e-5, rtol=1e-5)

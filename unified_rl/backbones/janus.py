@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import JanusProcessor
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -45,6 +47,7 @@ TRAINED_IN_FULL = (
     "model.generation_aligner.",
     "model.generation_head.",
 )
+RECOMPUTED = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 VQ_BATCH = 32  # images decoded together; bounds the memory of the full-resolution feature maps
 
 
@@ -146,16 +149,26 @@ class JanusBackbone(TrainedWeights):
         return [inner.vqmodel, inner.generation_embeddings, inner.generation_aligner, inner.generation_head]
 
     def enable_activation_checkpointing(self, share: float = 1.0) -> None:
-        """Recompute a share of the language model's layers in the backward pass; rollouts are refused from then on."""
+        """See `recompute_layers`; with a share above 0, rollouts are refused from then on."""
         self.recompute_layers(self.model, share)
 
     @staticmethod
     def recompute_layers(model: nn.Module, share: float) -> None:
-        """Checkpoint the first `share` of the layers of a Janus's language model; it keeps no cache then."""
-        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        """Let the backward pass of a Janus's language model run some of it again: less memory, the same numbers.
+
+        The first `share` of the layers as a whole, which keep no key-value cache then; of the others norms and gates, a
+        third of what is kept and hardly any time.
+        """
         layers = model.model.language_model.layers
-        for layer in layers[: math.ceil(share * len(layers))]:
+        whole = math.ceil(share * len(layers))
+        if whole:
+            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in layers[:whole]:
             layer.training = True  # of the layer alone: transformers checkpoints only layers in training mode
+        for layer in layers[whole:]:
+            layer.mlp.forward = partial(_feed_forward, layer.mlp)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.forward = partial(RECOMPUTED, norm.forward)
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write the whole model as a checkpoint folder; adapters have to be merged before."""
@@ -380,6 +393,26 @@ class JanusBackbone(TrainedWeights):
         features = self.model.model.get_image_features(pixels.to(self.model.dtype)).pooler_output
         places = (ids == self.model.config.image_token_id)[..., None].expand_as(embeddings)
         return embeddings.masked_scatter(places, features.to(embeddings.dtype))
+
+
+def _feed_forward(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`layer.forward` of a gated feed-forward part that keeps of the gate only what it is made of."""
+    made_of = layer.gate_proj(states), layer.up_proj(states)
+
+    def gate(opened: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return layer.act_fn(opened) * up
+
+    gated = RECOMPUTED(gate, *made_of)
+    storage = gated.untyped_storage()._cdata  # its identity: `pack` is kept, and would keep a tensor that it speaks of
+
+    def pack(kept: torch.Tensor) -> torch.Tensor | torch.Size:
+        return kept.shape if kept.untyped_storage()._cdata == storage else kept
+
+    def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else gate(*(x.detach() for x in made_of)).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return layer.down_proj(gated)
 
 
 def _before_last(

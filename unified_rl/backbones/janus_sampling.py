@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,7 +22,8 @@ from unified_rl.backbones.base import (
     uniform_streams,
 )
 
-BLOCK = 64  # columns by which what a step attends to grows
+SAME_STATES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same, in their order
+BLOCK = 16  # columns by which what a step attends to grows
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -160,7 +161,7 @@ def guided(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     logits = logits.float()
     if sampling.guidance_scale != 1:
         conditional, unconditional = logits.chunk(2)
-        logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
+        logits = torch.add(unconditional, conditional - unconditional, alpha=sampling.guidance_scale)
     return logits if sampling.temperature == 1 else logits / sampling.temperature  # the same numbers, no copy
 
 
@@ -169,28 +170,45 @@ def packed_linears(modules: Sequence[nn.Module], rows: int) -> Iterator[None]:
     """On a CPU, linear layers multiply few rows in half of the time inside, for a copy of their weights; no gradients.
 
     torch hands such a product to a library that lays out the weights for it again at every call. Here oneDNN does so
-    once for all steps of a loop.
+    once for all steps of a loop, and layers that read the same states are one product.
 
     Args:
         rows: of the batch.
     """
-    found = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
-    # A weight that ZeRO-3 has partitioned is empty here.
-    layers = [layer for layer in found if layer.weight.device.type == "cpu" and layer.weight.numel()]
-    if not torch.backends.mkldnn.is_available():
-        layers = []
-    for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-        layer.forward = partial(_packed_linear, weight=weight, bias=layer.bias)
+    able, inner = torch.backends.mkldnn.is_available(), (module for part in modules for module in part.modules())
+    packed = [  # a weight that ZeRO-3 has partitioned is empty here
+        [layer for layer in layers if able and layer.weight.device.type == "cpu" and layer.weight.numel()]
+        for layers in _read_together(inner)
+    ]
+    for layers in filter(None, packed):
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        weight, waiting = torch.ops.mkldnn._reorder_linear_weight(weight, rows), []
+        layers[0].forward = partial(_packed_linear, weight, bias, [layer.out_features for layer in layers], waiting)
+        for layer in layers[1:]:
+            layer.forward = lambda states, waiting=waiting: waiting.pop(0)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in (layer for layers in packed for layer in layers):
             del layer.forward
 
 
-def _packed_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+def _read_together(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Linear layers of `modules`, those together that read the same states."""
+    for module in modules:
+        plain = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
+        for names in SAME_STATES:
+            if plain.keys() >= set(names):
+                yield [plain.pop(name) for name in names]
+        yield from ([layer] for layer in plain.values())
+
+
+def _packed_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int], waiting: list, states: torch.Tensor
+) -> torch.Tensor:
+    first, *waiting[:] = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "").split(sizes, -1)
+    return first
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def reward_weighted_loss(
     """
     inside = mask > 0
     _check(cell_losses, reward_map, inside, reference_weight)
-    losses = _at_least_fp32(cell_losses).masked_fill(~inside, 0.0)
+    losses = cell_losses.to(torch.promote_types(cell_losses.dtype, torch.float32)).masked_fill(~inside, 0.0)
     reward_map = reward_map.to(losses.dtype).masked_fill(~inside, 0.0)
     cells = inside.sum(dim=1).clamp_min(1)
     wanted = reward_map + reference_weight
@@ -67,10 +67,6 @@ def reward_weighted_loss(
             "negative_fraction": cell_mean((wanted < 0).to(losses.dtype)),
         }
     return cell_mean(weighted), metrics
-
-
-def _at_least_fp32(values: torch.Tensor) -> torch.Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _check(cell_losses: torch.Tensor, reward_map: torch.Tensor, inside: torch.Tensor, reference_weight: float) -> None:

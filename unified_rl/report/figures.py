@@ -74,11 +74,6 @@ def upscale(image: np.ndarray, side: int) -> Image.Image:
     return picture.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.LANCZOS)
 
 
-def likelihood_fill(probability: float) -> tuple[int, int, int]:
-    """Fill colour of a text piece."""
-    return next(fill for bound, fill in LIKELIHOOD_FILLS if probability >= bound)
-
-
 def draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, ok: bool, size: int = 18) -> None:
     """A tick on green or a cross on red, `size` pixels wide, with its top left corner at (x, y)."""
     draw.ellipse((x, y, x + size, y + size), fill=RIGHT if ok else WRONG, outline=PAPER)
@@ -184,7 +179,7 @@ def token_strip(tokens: list[str], log_probs: list[float], label: str, width: in
     draw = ImageDraw.Draw(picture)
     draw.text((10, 8), label, font=font(14), fill=INK)
     for x, y, step, shown, probability in boxes:
-        fill = likelihood_fill(probability)
+        fill = next(fill for bound, fill in LIKELIHOOD_FILLS if probability >= bound)
         draw.rounded_rectangle((x, y, x + step, y + 26), 4, fill=fill)
         draw.text((x + 6, y + 3), shown, font=face, fill=PAPER if fill == LIKELIHOOD_FILLS[0][1] else (0, 0, 0))
         draw.text((x + 6, y + 28), f"{probability:.2f}", font=small, fill=MUTED)

@@ -65,13 +65,6 @@ def zero_std_share(counts: dict[str, int]) -> float | None:
     return counts.get("groups_zero_std", 0) / scored if scored else None
 
 
-def evaluation_scalars(scores: dict) -> Iterator[tuple[str, float]]:
-    """Scores of one evaluation."""
-    for name, value in scores.items():
-        if isinstance(value, float):
-            yield f"eval/{name}", value
-
-
 def write_scalars(writer: SummaryWriter, truth: Truth) -> None:
     """All scalars: those of metrics.jsonl under their own names by optimiser step (from 1), the rest by iteration."""
     for step, row in enumerate(truth.steps, 1):
@@ -81,8 +74,9 @@ def write_scalars(writer: SummaryWriter, truth: Truth) -> None:
         for name, value in iteration_scalars(truth, iteration):
             writer.add_scalar(name, value, iteration)
     for iteration, scores in truth.scores.items():
-        for name, value in evaluation_scalars(scores):
-            writer.add_scalar(name, value, iteration)
+        for name, value in scores.items():
+            if isinstance(value, float):
+                writer.add_scalar(f"eval/{name}", value, iteration)
 
 
 def write_pictures(writer: SummaryWriter, truth: Truth) -> None:

@@ -79,7 +79,7 @@ class Arrivals:
             self.committed_at = time.monotonic()
         found = []
         for index in self.mine:
-            info = self._entry(index)
+            info = self.source.shards[index] if self.source else self.run.marked_shard(self.iteration, ROLLOUT, index)
             if info is None or self.scored.get(index) == info.sha256:
                 continue
             if self.run.shard_mark(self.iteration, REWARD, index, info.sha256) is None:
@@ -115,11 +115,6 @@ class Arrivals:
                 self._give_up()
             time.sleep(0 if self.waiting else POLL_SECONDS)
             self.waiting = self.ready()
-
-    def _entry(self, index: int) -> ShardInfo | None:
-        if self.source is not None:
-            return self.source.shards[index]
-        return self.run.marked_shard(self.iteration, ROLLOUT, index)
 
     def _give_up(self) -> None:
         problems = [p for p in worker_problems(self.run, 0.0) if p.startswith(f"{ROLLOUT}-")]

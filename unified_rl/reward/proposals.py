@@ -146,7 +146,8 @@ def _fields(answer: str, truncated: bool) -> tuple[list[_Field], list[_Field]]:
         line = re.sub(r"\*\*|`+", "", _BULLET.sub("", raw)).strip()
         label = _LABEL.match(line)
         if label:
-            current = _Field(_name(label["label"]), label["value"].strip())
+            name = {"p": "prompt", "q": "question"}.get(label["label"][0].lower(), "answer")
+            current = _Field(name, label["value"].strip())
             fields.append(current)
         elif not line:
             current = current if current and not current.value else None
@@ -188,10 +189,6 @@ def _json_line(match: re.Match[str]) -> str:
     except ValueError:  # an escape that JSON does not know
         value = value[1:-1]
     return f"\n{match['label']}: {' '.join(value.split())}\n\n"
-
-
-def _name(label: str) -> str:
-    return {"p": "prompt", "q": "question"}.get(label[0].lower(), "answer")
 
 
 def _paired(fields: Sequence[_Field]) -> list[tuple[_Field, _Field | None]]:

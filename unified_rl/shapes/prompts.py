@@ -70,17 +70,13 @@ def all_metadata() -> dict[str, list[dict]]:
     return {tag: [{"tag": tag, **m} for m in items] for tag, items in made.items()}
 
 
-def _by_hash(items: list[dict]) -> list[dict]:
-    return sorted(items, key=lambda m: hashlib.sha256(m["prompt"].encode()).hexdigest())
-
-
 def split_metadata(split: str) -> dict[str, list[dict]]:
     """`train` or `heldout` combinations of each category, in an order fixed by the hash of the prompt."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split {split!r} is neither train nor heldout")
     result = {}
     for tag, items in all_metadata().items():
-        ordered = _by_hash(items)
+        ordered = sorted(items, key=lambda m: hashlib.sha256(m["prompt"].encode()).hexdigest())
         cut = max(1, round(HELD_OUT_SHARE * len(ordered)))
         result[tag] = ordered[:cut] if split == "heldout" else ordered[cut:]
     return result

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from unified_rl.shapes.questions import random_scene
 from unified_rl.shapes.tiny_janus import PATCH
 from unified_rl.shapes.train_vq import to_pixels
-from unified_rl.shapes.world import CELL, COLORS, GRID, SHAPES, Object, Scene, render
+from unified_rl.shapes.world import CELL, COLORS, GRID, SHAPES, Scene, render
 
 STEPS = 150
 BATCH = 64
@@ -43,7 +43,8 @@ def word_vectors(embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerBase, w
 
 def patch_labels(scene: Scene, patch: int) -> np.ndarray:
     """int64 [2, patches]: index of colour and of shape in every patch, -1 in empty cells, patches in reading order."""
-    names = [(-1, -1) if item is None else _indices(item) for item in scene]
+    colors, shapes = PROPERTIES[0], PROPERTIES[1]
+    names = [(-1, -1) if item is None else (colors.index(item.color), shapes.index(item.shape)) for item in scene]
     grid = np.array(names).reshape(GRID, GRID, 2).repeat(CELL // patch, 0).repeat(CELL // patch, 1)
     return grid.reshape(-1, 2).T
 
@@ -53,10 +54,6 @@ def place_labels(patch: int) -> np.ndarray:
     cells = np.arange(GRID).repeat(CELL // patch)
     rows, columns = np.meshgrid(cells, cells, indexing="ij")
     return np.stack([columns.ravel(), rows.ravel()])
-
-
-def _indices(item: Object) -> tuple[int, int]:
-    return PROPERTIES[0].index(item.color), PROPERTIES[1].index(item.shape)
 
 
 def labelled_pictures(rng: random.Random, count: int, patch: int) -> tuple[torch.Tensor, torch.Tensor]:

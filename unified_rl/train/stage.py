@@ -158,8 +158,7 @@ def start(run: Run, role: str, iteration: int, ranks: Ranks) -> Trainer:
     backbone = load_backbone(config.backbone, ranks.local_rank, ds_config=ds_config)
     if config.train.scope == "lora":
         backbone.add_lora(config.train.lora.rank, config.train.lora.alpha, role)
-    if config.train.activation_checkpointing:
-        backbone.enable_activation_checkpointing(config.train.activation_checkpointing)
+    backbone.enable_activation_checkpointing(config.train.activation_checkpointing)
     names = select_trainable(backbone, config.train.scope, dtype)
     frozen = zero3.from_rank_zero(frozen_sha256(backbone.model, names))
     betas = (config.train.beta1, config.train.beta2)

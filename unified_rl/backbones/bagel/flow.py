@@ -139,7 +139,7 @@ def normal_streams(seeds: Sequence[int], shape: Sequence[int], device: torch.dev
 
 def noised(images: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     """x_t [B, ...] of images and noise [B, ...] at times [B]."""
-    times = _over(times, images)
+    times = times.reshape(-1, *[1] * (images.ndim - 1))
     return (1 - times) * images + times * noise
 
 
@@ -264,8 +264,3 @@ def guided_velocity(conditional: torch.Tensor, unconditional: torch.Tensor, samp
     wanted, length = (torch.linalg.vector_norm(v, dim=over, keepdim=True) for v in (conditional, guided))
     # Guidance may only lengthen; a velocity that is already shorter stays as it is.
     return guided * (wanted / (length + SMALLEST_NORM)).clamp(sampling.renorm_min, 1)
-
-
-def _over(times: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[B, 1, ...] with as many dimensions as `like`."""
-    return times.reshape(-1, *[1] * (like.ndim - 1))
