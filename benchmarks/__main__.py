@@ -24,8 +24,8 @@ CPU = (
     "reward --repeats 3",
     "questions --layers 4 --repeats 3",
     "training_step --groups 1 --work images",
-    "training_step --groups 1 --work texts",
-    "iteration --repeats 1",
+    "training_step --groups 1 --work texts --repeats 1",
+    "iteration --prompts 192 --repeats 1",
     "growth",
 )
 CUDA = "--device cuda --dtype bfloat16"

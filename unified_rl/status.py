@@ -238,14 +238,6 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _last_checkpoint(run: Run, iterations: list[int]) -> str:
-    for iteration in reversed(iterations):
-        manifest = run.manifest(iteration, "train")
-        if manifest and manifest.extra.get("checkpoint"):
-            return str(manifest.extra["checkpoint"])
-    return "none"
-
-
 def status_text(path: Path) -> str:
     """The whole report on a run folder.
 
@@ -261,8 +253,9 @@ def status_text(path: Path) -> str:
         lines.append(f"the last {SHOWN_ITERATIONS} of {len(iterations)} iterations:")
     lines += _table([HEADER] + [iteration_row(run, iteration) for iteration in iterations[-SHOWN_ITERATIONS:]])
     trained = sum((run.iteration_folder(k) / "train" / MANIFEST_NAME).is_file() for k in iterations)
-    lines.append(f"{trained} of {run.config.iterations} iterations done; last checkpoint: "
-                 f"{_last_checkpoint(run, iterations)}")  # fmt: skip
+    trainings = (run.manifest(iteration, "train") for iteration in reversed(iterations))
+    checkpoint = next((m.extra["checkpoint"] for m in trainings if m and m.extra.get("checkpoint")), "none")
+    lines.append(f"{trained} of {run.config.iterations} iterations done; last checkpoint: {checkpoint}")
     last = details(run, iterations[-1], status) if iterations else []
     if last:
         lines += ["", f"iteration {iterations[-1]}:", *_table([DETAILS, *last])]

@@ -402,7 +402,8 @@ def inverse_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
     In float64, because a cumulative sum of 16384 fp32 probabilities is off by more than the rarest of them.
     """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    weights = (logits.double() - logits.amax(-1, keepdim=True)).exp_()  # whatever their sum
+    cumulative = weights.cumsum(-1)
     # right=True: a token of probability zero is never picked, not even by a uniform of exactly 0.
     picked = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     return picked[:, 0].clamp_max(logits.shape[-1] - 1)

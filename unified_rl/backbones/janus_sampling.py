@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,12 @@ from unified_rl.backbones.base import (
 )
 
 SAME_STATES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same, in their order
+CPU_INFO = Path("/proc/cpuinfo")
+INTEL = torch.backends.mkl.is_available() and CPU_INFO.is_file() and "GenuineIntel" in CPU_INFO.read_text()
 BLOCK = 16  # columns by which what a step attends to grows
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]  # of states with weights
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -169,8 +174,8 @@ def guided(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def packed_linears(modules: Sequence[nn.Module], rows: int) -> Iterator[None]:
     """On a CPU, linear layers multiply few rows in half of the time inside, for a copy of their weights; no gradients.
 
-    torch hands such a product to a library that lays out the weights for it again at every call. Here oneDNN does so
-    once for all steps of a loop, and layers that read the same states are one product.
+    torch hands such a product to a library that lays out the weights for it again at every call. Here that is done once
+    for all steps of a loop, and layers that read the same states are one product.
 
     Args:
         rows: of the batch.
@@ -180,13 +185,12 @@ def packed_linears(modules: Sequence[nn.Module], rows: int) -> Iterator[None]:
         [layer for layer in layers if able and layer.weight.device.type == "cpu" and layer.weight.numel()]
         for layers in _read_together(inner)
     ]
-    for layers in filter(None, packed):
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        weight, waiting = torch.ops.mkldnn._reorder_linear_weight(weight, rows), []
-        layers[0].forward = partial(_packed_linear, weight, bias, [layer.out_features for layer in layers], waiting)
-        for layer in layers[1:]:
-            layer.forward = lambda states, waiting=waiting: waiting.pop(0)
+    for first, *others in filter(None, packed):
+        first.forward = product = _packed(first, others, rows)
+        if others:
+            first.forward, later = _in_turn(product, [layer.out_features for layer in (first, *others)])
+        for layer in others:
+            layer.forward = later
     try:
         yield
     finally:
@@ -204,11 +208,26 @@ def _read_together(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
         yield from ([layer] for layer in plain.values())
 
 
-def _packed_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int], waiting: list, states: torch.Tensor
-) -> torch.Tensor:
-    first, *waiting[:] = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "").split(sizes, -1)
-    return first
+def _packed(first: nn.Linear, others: Sequence[nn.Linear], rows: int) -> Product:
+    """The product of `rows` states with all of their weights; by the library that is faster on this processor."""
+    weight = torch.cat([layer.weight.detach() for layer in (first, *others)]) if others else first.weight.detach()
+    bias = None if first.bias is None else torch.cat([layer.bias.detach() for layer in (first, *others)])
+    if INTEL and weight.dtype == torch.float32:
+        laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        return lambda states: torch.ops.mkl._mkl_linear(states, laid_out, weight, bias, rows)
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda states: torch.ops.mkldnn._linear_pointwise(states, laid_out, bias, "none", [], "")
+
+
+def _in_turn(product: Product, sizes: list[int]) -> tuple[Product, Product]:
+    """For layers that are one product: of the first, which computes it, and of the others, each called once in turn."""
+    waiting: list[torch.Tensor] = []
+
+    def first(states: torch.Tensor) -> torch.Tensor:
+        own, *waiting[:] = product(states).split(sizes, -1)
+        return own
+
+    return first, lambda states: waiting.pop(0)
 
 
 @torch.no_grad()
@@ -235,14 +254,15 @@ def sample_images(
     actions = torch.empty(len(seeds), length, dtype=torch.long, device=ids.device)
     log_probs = torch.empty(len(seeds), length, device=ids.device)
     inner = model.model
-    with packed_linears([inner.language_model, inner.generation_head, inner.generation_aligner], len(rows)):
+    parts = [inner.language_model, inner.generation_head, inner.generation_aligner]
+    with torch.inference_mode(), packed_linears(parts, len(rows)):  # spares what autograd notes of every tensor
         for i in range(length):
             if i:
                 token = actions[:, i - 1 : i].repeat(2 if guidance else 1, 1)
                 decoder.step(model.prepare_embeddings_for_image_generation(token))
             logits = guided(inner.generation_head(decoder.hidden), sampling)
             actions[:, i] = inverse_cdf(logits, uniforms[:, i])
-            log_probs[:, i] = Categorical(logits).log_prob(actions[:, i])
+            log_probs[:, i] = logits.gather(-1, actions[:, i, None])[:, 0] - logits.logsumexp(-1)
     return TokenTraj(actions, log_probs)
 
 

@@ -27,15 +27,6 @@ def reported(scores: dict) -> dict[str, float]:
     return {name: scores[name] for name in names if name in scores}
 
 
-def reward_means(run: Run) -> dict[str, float]:
-    """Mean reward of the images of the first and the last iteration."""
-    last = run.config.iterations - 1
-    return {
-        name: run.require_manifest(iteration, "reward").extra["reward_mean"]
-        for name, iteration in (("first", 0), ("last", last))
-    }
-
-
 def loop_seconds(run: Path) -> float:
     """Wall-clock seconds of `launch/loop.sh`, over all the times it ran, process starts included.
 
@@ -56,7 +47,10 @@ def summarize(run: Run, setup_seconds: float | None = None) -> dict:
     return {
         "base": reported(require_scores(run.path, 0)),
         "tuned": reported(require_scores(run.path, run.config.iterations)),
-        "reward": reward_means(run),
+        "reward": {  # mean over the images
+            name: run.require_manifest(iteration, "reward").extra["reward_mean"]
+            for name, iteration in (("first", 0), ("last", run.config.iterations - 1))
+        },
         "loop_seconds": loop_seconds(run.path),
         "setup_seconds": setup_seconds,
         "iterations": run.config.iterations,

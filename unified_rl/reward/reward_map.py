@@ -138,7 +138,7 @@ def paint(
     if rules.overlap == "smallest":
         # Last painted wins: large before small, and of equal areas the first listed at the end.
         painted = sorted(painted, key=lambda item: box_area(item[0]))[::-1]
-    combine = {"smallest": _replace, "max": torch.fmax, "min": torch.fmin}[rules.overlap]
+    combine = {"smallest": lambda _, new: new, "max": torch.fmax, "min": torch.fmin}[rules.overlap]
     for (x1, y1, x2, y2), value in painted:
         view = pixels[y1:y2, x1:x2]
         view.copy_(combine(view, torch.full_like(view, value)))
@@ -176,10 +176,6 @@ def _paint_mean(painted: list[tuple[Box, float]], image_size: tuple[int, int], r
         total[y1:y2, x1:x2] += share * value
         weight[y1:y2, x1:x2] += share
     return torch.where(weight > 0, total / weight, torch.full_like(total, rules.background))
-
-
-def _replace(_: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    return new
 
 
 def _checked(score: float, name: str) -> float:

@@ -23,10 +23,6 @@ def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def _single(shape: str) -> dict:
-    return {"include": [{"class": shape, "count": 1}], "prompt": f"a photo of a {shape}"}
-
-
 def _two(first: str, second: str) -> dict:
     include = [{"class": first, "count": 1}, {"class": second, "count": 1}]
     return {"include": include, "prompt": f"a photo of a {first} and a {second}"}
@@ -60,7 +56,7 @@ def all_metadata() -> dict[str, list[dict]]:
     pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
     colors = tuple(COLORS)
     made = {
-        "single_object": [_single(s) for s in SHAPES],
+        "single_object": [{"include": [{"class": s, "count": 1}], "prompt": f"a photo of a {s}"} for s in SHAPES],
         "two_object": [_two(a, b) for a, b in pairs],
         "counting": [_counting(s, n) for s in SHAPES for n in NUMBERS],
         "colors": [_colors(s, c) for s in SHAPES for c in colors],
