@@ -24,7 +24,7 @@ CPU = (
     "reward --repeats 3",
     "questions --layers 4 --repeats 3",
     "training_step --groups 1 --work images",
-    "training_step --groups 1 --work texts --repeats 1",
+    "training_step --groups 1 --work texts",
     "iteration --prompts 192 --repeats 1",
     "growth",
 )

@@ -314,7 +314,7 @@ class JanusBackbone(TrainedWeights):
         whole, whole_mask = _before_last(prompts, prompt_mask, ids, mask)
         decoder = self._shared(starts, pixels, rows, whole.shape[1])
         hidden = decoder.step(self.model.get_input_embeddings()(whole), whole_mask)
-        return self.model.lm_head(hidden[:, prompts.shape[1] - 1 :]).float()
+        return self.model.lm_head(hidden[:, prompts.shape[1] - 1 :].contiguous()).float()  # of a slice: row by row
 
     def _logits_in_one_pass(
         self, images: Sequence[np.ndarray | None], questions: Sequence[str], ids: torch.Tensor, mask: torch.Tensor
@@ -329,7 +329,7 @@ class JanusBackbone(TrainedWeights):
             position_ids=positions_of(whole_mask),
             use_cache=False,
         ).last_hidden_state
-        return self.model.lm_head(hidden[:, prompts.shape[1] - 1 :]).float()
+        return self.model.lm_head(hidden[:, prompts.shape[1] - 1 :].contiguous()).float()  # of a slice: row by row
 
     def rollout_text(
         self,
