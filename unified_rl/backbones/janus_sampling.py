@@ -26,8 +26,6 @@ SAME_STATES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # laye
 CPU_INFO = Path("/proc/cpuinfo")
 INTEL = torch.backends.mkl.is_available() and CPU_INFO.is_file() and "GenuineIntel" in CPU_INFO.read_text()
 BLOCK = 16  # columns by which what a step attends to grows
-
-
 Product = Callable[[torch.Tensor], torch.Tensor]  # of states with weights
 
 
@@ -262,7 +260,7 @@ def sample_images(
                 decoder.step(model.prepare_embeddings_for_image_generation(token))
             logits = guided(inner.generation_head(decoder.hidden), sampling)
             actions[:, i] = inverse_cdf(logits, uniforms[:, i])
-            log_probs[:, i] = logits.gather(-1, actions[:, i, None])[:, 0] - logits.logsumexp(-1)
+            log_probs[:, i] = Categorical(logits).log_prob(actions[:, i])
     return TokenTraj(actions, log_probs)
 
 

@@ -155,10 +155,9 @@ class SrumJudge:
             RegionError: no boxes for a prompt in the file.
         """
         boxes = [self.boxes_of(i, p) for i, p in zip(images, prompt_ids, strict=True)]
-        texts = [global_question(prompt, self.settings.wording) for prompt in prompts]
         wholes = [
-            _Question(*about, lambda reply, cut: {1: parse_global(reply, cut)}) if self.settings.use_global else None
-            for about in zip(images, texts, seeds, strict=True)
+            self._whole_question(*about) if self.settings.use_global else None
+            for about in zip(images, prompts, seeds, strict=True)
         ]
         parts = [
             self._local_question(*about) if about[-1] else None
@@ -184,6 +183,10 @@ class SrumJudge:
         else:
             regions = filter_regions(self.propose(image), height, width, REGION_RULES[settings.preset])
         return [region.box for region in regions]
+
+    def _whole_question(self, image: np.ndarray, prompt: str, seed: int) -> _Question:
+        text = global_question(prompt, self.settings.wording)
+        return _Question(image, text, seed, lambda reply, cut: {1: parse_global(reply, cut)})
 
     def _local_question(self, image: np.ndarray, prompt: str, seed: int, boxes: list[Box]) -> _Question:
         height, width = image.shape[:2]
