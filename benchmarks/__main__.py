@@ -23,7 +23,7 @@ CPU = (
     "rollout_engine --layers 4 --side 8 --repeats 1",
     "reward --repeats 3",
     "questions --layers 4 --repeats 3",
-    "training_step --groups 1 --work images",
+    "training_step --work images",
     "training_step --groups 1 --work texts",
     "iteration --prompts 192 --repeats 1",
     "growth",

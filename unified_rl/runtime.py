@@ -190,11 +190,8 @@ class Progress:
         self._clock = clock
         self._start = self._last = clock()
         self._printed = -1
-        self._bar = self._make_bar() if self._use_bar() else None
-
-    @staticmethod
-    def _use_bar() -> bool:
-        return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE") and current_ranks().rank == 0
+        watched = sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE") and current_ranks().rank == 0
+        self._bar = self._make_bar() if watched else None
 
     def _make_bar(self) -> tqdm:
         from tqdm import tqdm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 SHOWN = 5  # tensors that a message names
-PART = 64  # distributions that are normalised together
+PART, PART_ON_CPU = 256, 16  # distributions that are normalised together; few of them stay in a processor's cache
 
 
 class BackboneError(StageError):
@@ -274,9 +274,14 @@ class Categorical:
         """fp32 [B, S, V]."""
         return self.logits.log_softmax(-1)
 
+    @cached_property
+    def log_sums(self) -> torch.Tensor:
+        """fp32 [B, S]: logits less these are `log_probs`. Carry no gradient."""
+        return _by_parts(lambda rows: rows.logsumexp(-1), self.logits.detach())
+
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """fp32 [B, S] of int64 [B, S] actions; its backward pass writes over `logits`."""
-        return _ChosenLogProbs.apply(self.logits, actions)
+        return _ChosenLogProbs.apply(self.logits, actions, self.log_sums)
 
     def kl(self, other: Categorical) -> torch.Tensor:
         """fp32 [B, S]: KL(self || other), summed over all V tokens."""
@@ -299,15 +304,15 @@ class Categorical:
     def entropy(self) -> torch.Tensor:
         """fp32 [B, S], nats."""
 
-        def of_rows(logits: torch.Tensor) -> torch.Tensor:
-            log_probs = logits.log_softmax(-1)
-            return -(log_probs.exp() * log_probs).sum(-1)
+        def of_rows(rows: torch.Tensor, log_sums: torch.Tensor) -> torch.Tensor:
+            log_probs = rows - log_sums[:, None]
+            return -torch.linalg.vecdot(log_probs.exp(), log_probs)
 
-        return _by_parts(of_rows, self.logits)
+        return _by_parts(of_rows, self.logits, self.log_sums)
 
 
 class _ChosenLogProbs(torch.autograd.Function):
-    """`logits.log_softmax(-1)` at the actions.
+    """`logits.log_softmax(-1)` at the actions, by the logarithms of the rows' sums.
 
     It makes no other tensor as large as the logits, not even their gradient: that is written over them, and autograd
     refuses who still needs them. torch's own way makes several, which with 16,384 image tokens are much of a step's
@@ -315,23 +320,27 @@ class _ChosenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(logits, actions)
-        return _by_parts(lambda rows, at: rows.log_softmax(-1).gather(-1, at[:, None])[:, 0], logits, actions)
+    def forward(ctx: Any, logits: torch.Tensor, actions: torch.Tensor, log_sums: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, actions, log_sums)
+        return logits.gather(-1, actions[..., None])[..., 0] - log_sums
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, actions = ctx.saved_tensors
-        rows, slopes = logits.flatten(0, -2), gradient.flatten()
-        for part, slope in zip(rows.split(PART), slopes.split(PART), strict=True):
-            part.copy_(part.softmax(-1).mul_(-slope[:, None]))
-        return rows.scatter_add_(-1, actions.flatten()[:, None], slopes[:, None]).view(logits.shape), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, actions, log_sums = ctx.saved_tensors
+        for part, log_sum, slope in _parts(logits, log_sums, gradient):
+            part.sub_(log_sum[:, None]).exp_().mul_(-slope[:, None])
+        return logits.scatter_add_(-1, actions[..., None], gradient[..., None]), None, None
 
 
 def _by_parts(function: Callable[..., torch.Tensor], logits: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     """fp32 [B, S] of `function`, of rows [R, V] (and [R] of others) -> [R]; on few rows at a time it needs little."""
-    parts = zip(logits.flatten(0, -2).split(PART), *(other.flatten().split(PART) for other in others), strict=True)
-    return torch.cat([function(*part) for part in parts]).view(logits.shape[:-1])
+    return torch.cat([function(*part) for part in _parts(logits, *others)]).view(logits.shape[:-1])
+
+
+def _parts(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Few rows at a time of [B, S, V], and of others [B, S]."""
+    flat = (logits.flatten(0, -2), *(other.flatten() for other in others))
+    return zip(*(tensor.split(PART_ON_CPU if logits.is_cpu else PART) for tensor in flat), strict=True)
 
 
 def uniform_streams(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> torch.Tensor:

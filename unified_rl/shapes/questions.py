@@ -27,17 +27,17 @@ class Question:
 
 def random_scene(rng: random.Random, objects: int) -> Scene:
     """`objects` random objects in random cells."""
-    cells: list[Object | None] = [None] * CELLS
-    for cell in rng.sample(range(CELLS), objects):
-        cells[cell] = random_object(rng)
-    return tuple(cells)
+    cells = rng.sample(range(CELLS), objects)
+    return _scene(cells, [random_object(rng) for _ in cells])
 
 
 def _place(rng: random.Random, objects: list[Object]) -> Scene:
-    cells: list[Object | None] = [None] * CELLS
-    for cell, item in zip(rng.sample(range(CELLS), len(objects)), objects, strict=True):
-        cells[cell] = item
-    return tuple(cells)
+    return _scene(rng.sample(range(CELLS), len(objects)), objects)
+
+
+def _scene(cells: Sequence[int], objects: Sequence[Object]) -> Scene:
+    of_cell = dict(zip(cells, objects, strict=True))
+    return tuple(of_cell.get(cell) for cell in range(CELLS))
 
 
 def _existence(rng: random.Random) -> tuple[Scene, str, str]:
@@ -86,14 +86,11 @@ def _relation(rng: random.Random) -> tuple[Scene, str, str]:
         shapes = rng.sample(SHAPES, 4)
         objects = [random_object(rng, s) for s in shapes]
         cells = rng.sample(range(CELLS), 4)
-        subject, other = (Detection("", "", cell // GRID, cell % GRID, 0.0) for cell in cells[:2])
+        subject, other = (Detection("", "", cell // GRID, cell % GRID) for cell in cells[:2])
         # Pairs in one row or column only answer questions about that axis.
         if related(subject, relation, other) == wanted and _apart(subject, other, relation):
-            scene: list[Object | None] = [None] * CELLS
-            for cell, item in zip(cells, objects, strict=True):
-                scene[cell] = item
             question = f"is the {shapes[0]} {relation} the {shapes[1]}?"
-            return tuple(scene), question, "yes" if wanted else "no"
+            return _scene(cells, objects), question, "yes" if wanted else "no"
 
 
 def _apart(subject: Detection, other: Detection, relation: str) -> bool:

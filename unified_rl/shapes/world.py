@@ -42,13 +42,12 @@ Scene = tuple[Object | None, ...]  # GRID * GRID cells in reading order
 
 @dataclass(frozen=True)
 class Detection:
-    """What the detector saw in one cell; `distance` is the mean absolute difference in grey levels (0..255)."""
+    """What the detector saw in one cell."""
 
     shape: str
     color: str
     row: int
     column: int
-    distance: float
 
 
 OBJECTS = tuple(Object(shape, color) for shape in SHAPES for color in COLORS)
@@ -112,7 +111,7 @@ def detect(image: np.ndarray) -> list[Detection]:
         best = int(row.argmin())
         if best and row[best] <= MAX_DISTANCE:
             item = OBJECTS[best - 1]
-            found.append(Detection(item.shape, item.color, i // GRID, i % GRID, float(row[best])))
+            found.append(Detection(item.shape, item.color, i // GRID, i % GRID))
     return found
 
 
@@ -164,7 +163,5 @@ def is_correct(image: np.ndarray, metadata: dict) -> bool:
 
 def scene_satisfies(scene: Scene, metadata: dict) -> bool:
     """The same rule on a scene that has not been drawn."""
-    cells = [
-        Detection(item.shape, item.color, i // GRID, i % GRID, 0.0) for i, item in enumerate(scene) if item is not None
-    ]
+    cells = [Detection(item.shape, item.color, i // GRID, i % GRID) for i, item in enumerate(scene) if item is not None]
     return satisfies(cells, metadata)
