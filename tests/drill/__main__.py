@@ -3,7 +3,7 @@
 Every fault hits a loop of the tiny Janus (two iterations, two workers, two ranks). Afterwards the same command is run
 again, once the cause is mended as the error says. A loop takes many faults on its way to the end. Then its weights,
 shards, manifests and metrics are compared bit for bit with those of an undisturbed loop; what was committed is
-compared after every fault.
+compared after every fault. In every second loop stages start before their turn.
 
     identical     the run ended with the same bits
     clear error   so it did, after an error that named the cause, the file or sample, and what to do
@@ -278,7 +278,7 @@ def drill(out: Path, limit: int, seed: int) -> dict:
             number = faults[-1].loop + 1 if faults else 0
             run = (disk or out) / f"loop-{seed}-{number:03d}"
             shutil.rmtree(run, ignore_errors=True)
-            loop = Loop(run, out / "prompts", out / f"{run.name}.log")
+            loop = Loop(run, out / "prompts", out / f"{run.name}.log", prefetch=number % 2 == 0)
             field = Field(loop, whole, random.Random(f"{seed} {number}"), disk)
             try:
                 hit = drill_loop(field, number, faults, limit, seconds, started)

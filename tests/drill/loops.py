@@ -95,10 +95,14 @@ class Loop:
         prompts: Prompt shards.
         log: Grows by what every start prints.
         method: Recipe, and what else distinguishes it from the drill's loop.
+        prefetch: Whether stages start before their turn.
     """
 
-    def __init__(self, run: Path, prompts: Path, log: Path, method: Sequence[str] = GVU) -> None:
+    def __init__(
+        self, run: Path, prompts: Path, log: Path, method: Sequence[str] = GVU, prefetch: bool = True
+    ) -> None:
         self.run, self.log = run, log
+        self.environment = {**ENVIRONMENT, "PREFETCH": str(int(prefetch))}
         recipe, *overrides = method
         self.settings = ["--run", str(run), "--recipe", recipe, f"data.prompts={prompts}", *SETTINGS, *overrides]
         self.process: subprocess.Popen[bytes] | None = None
@@ -114,7 +118,7 @@ class Loop:
             self.process = subprocess.Popen(
                 ["bash", str(ROOT / "launch/loop.sh"), *self.settings],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**ENVIRONMENT, "PYTHONPATH": path},
+                env={**self.environment, "PYTHONPATH": path},
             )  # fmt: skip
 
     def stage_again(self, stage: str, iteration: int) -> tuple[int, str]:
