@@ -98,9 +98,7 @@ class Loop:
         prefetch: Whether stages start before their turn.
     """
 
-    def __init__(
-        self, run: Path, prompts: Path, log: Path, method: Sequence[str] = GVU, prefetch: bool = True
-    ) -> None:
+    def __init__(self, run: Path, prompts: Path, log: Path, method: Sequence[str] = GVU, prefetch: bool = True) -> None:
         self.run, self.log = run, log
         self.environment = {**ENVIRONMENT, "PREFETCH": str(int(prefetch))}
         recipe, *overrides = method
