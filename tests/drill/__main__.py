@@ -11,8 +11,9 @@ compared after every fault. In every second loop stages start before their turn.
     duplicated    records occur twice
     wrong         anything else: other bits, an unclear error, a hang, processes left behind
 
-OUT/summary.json has the counts, OUT/faults-SEED.jsonl every fault, OUT/loop-SEED-NNN.log what the loops said. The same
-command continues a drill that was interrupted, at the loop where it was.
+Two lanes drill loops of their own side by side. OUT/summary.json has the counts, OUT/lane-N/faults-SEED.jsonl every
+fault, OUT/lane-N/loop-SEED-NNN.log what the loops said. The same command continues a drill that was interrupted, at the
+loops where it was.
 
 example: python -m tests.drill --faults 200 --seed 0 --out runs/drill
 """
@@ -30,6 +31,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing import Process
 from pathlib import Path
 
 from tests.drill.comparison import VERDICTS, Snapshot, committed, snapshot
@@ -266,20 +268,24 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def drill(out: Path, limit: int, seed: int) -> dict:
-    """Everything; returns the summary."""
-    out.mkdir(parents=True, exist_ok=True)
+def read_journal(path: Path) -> list[Fault]:
+    """The faults so far."""
+    return [Fault(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def drill_lane(out: Path, lane: int, limit: int, seed: int) -> None:
+    """Loop after loop, until the journal of OUT/lane-LANE has `limit` faults."""
     whole, seconds = undisturbed(out)
-    journal = out / f"faults-{seed}.jsonl"
-    faults = [Fault(**json.loads(line)) for line in journal.read_text().splitlines()] if journal.is_file() else []
-    started = time.monotonic()
-    with small_disk(out / "disk") as disk:
+    folder = out / f"lane-{lane}"
+    journal = folder / f"faults-{seed}.jsonl"
+    started, faults = time.monotonic(), read_journal(journal)
+    with small_disk(folder / "disk") as disk:
         while len(faults) < limit:
             number = faults[-1].loop + 1 if faults else 0
-            run = (disk or out) / f"loop-{seed}-{number:03d}"
+            run = (disk or folder) / f"loop-{seed}-{number:03d}"
             shutil.rmtree(run, ignore_errors=True)
-            loop = Loop(run, out / "prompts", out / f"{run.name}.log", prefetch=number % 2 == 0)
-            field = Field(loop, whole, random.Random(f"{seed} {number}"), disk)
+            loop = Loop(run, out / "prompts", folder / f"{run.name}.log", prefetch=number % 2 == 0)
+            field = Field(loop, whole, random.Random(f"{seed} {lane} {number}"), disk)
             try:
                 hit = drill_loop(field, number, faults, limit, seconds, started)
             finally:
@@ -291,10 +297,27 @@ def drill(out: Path, limit: int, seed: int) -> dict:
             if all(fault.verdict not in VERDICTS for fault in hit):
                 shutil.rmtree(run)
             elif disk:
-                shutil.move(run, out / run.name)  # to be looked at
-    summary = summary_of(faults, seed, [] if disk else [DISK_KIND])
+                shutil.move(run, folder / run.name)  # to be looked at
+
+
+def drill(out: Path, limit: int, seed: int, lanes: int) -> tuple[dict, list[Fault]]:
+    """Everything; the summary, and the faults of all lanes."""
+    out.mkdir(parents=True, exist_ok=True)
+    undisturbed(out)
+    with small_disk(out / "disk") as disk:
+        skipped = [] if disk else [DISK_KIND]
+    shares = [limit * (lane + 1) // lanes - limit * lane // lanes for lane in range(lanes)]
+    workers = [Process(target=drill_lane, args=(out, lane, share, seed)) for lane, share in enumerate(shares)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        sys.exit("error: the drill itself failed, see above; the same command continues")
+    faults = [fault for lane in range(lanes) for fault in read_journal(out / f"lane-{lane}" / f"faults-{seed}.jsonl")]
+    summary = summary_of(faults, seed, skipped)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+    return summary, faults
 
 
 def main() -> int:
@@ -305,11 +328,11 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200, help="number of faults (200)")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, moments and damage (0)")
     parser.add_argument("--out", type=Path, default=Path("runs/drill"), help="folder (runs/drill)")
+    parser.add_argument("--lanes", type=int, default=2, help="loops at a time (2); a loop waits half of its time")
     arguments = parser.parse_args()
-    summary = drill(arguments.out.absolute(), arguments.faults, arguments.seed)
+    summary, faults = drill(arguments.out.absolute(), arguments.faults, arguments.seed, arguments.lanes)
     print(table(summary))
-    for line in (arguments.out / f"faults-{arguments.seed}.jsonl").read_text().splitlines():
-        fault = Fault(**json.loads(line))
+    for fault in faults:
         if fault.verdict in VERDICTS:
             print(f"{fault.verdict}: loop {fault.loop}, {fault.kind}, {fault.what}: {fault.why}")
     return EXIT_FAILED if any(summary[verdict] for verdict in VERDICTS) else EXIT_OK
