@@ -113,6 +113,15 @@ def test_chosen_log_probs_and_their_gradient_are_those_of_log_softmax():
         loss.backward()
 
 
+def test_the_gradient_of_a_slice_of_logits_is_that_of_log_softmax():
+    logits = torch.randn(3, 100, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    taken = torch.arange(3 * 40).view(3, 40) % 40
+    expected = logits[:, 20:60].log_softmax(-1).gather(-1, taken[..., None]).sum()
+    (slope,) = torch.autograd.grad(expected, logits)
+    found = Categorical(logits[:, 20:60]).log_prob(taken).sum()
+    torch.testing.assert_close(torch.autograd.grad(found, logits)[0], slope, atol=1e-6, rtol=1e-5)
+
+
 def test_estimated_divergence_averages_to_the_true_one():
     logits = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(0))
     policy, base = Categorical(logits[0].expand(5, 1, 5)), Categorical(logits[1].expand(5, 1, 5))
