@@ -327,11 +327,10 @@ class _ChosenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, actions, log_sums = ctx.saved_tensors
-        rows = logits.flatten(0, -2)  # a copy, where logits are a slice
-        for part, log_sum, slope in _parts(rows, log_sums, gradient):
+        rows, slopes = logits.flatten(0, -2), gradient.flatten()  # a copy, where logits are a slice
+        for part, log_sum, slope in _parts(rows, log_sums, slopes):
             part.sub_(log_sum[:, None]).exp_().mul_(-slope[:, None])
-        rows.scatter_add_(-1, actions.flatten()[:, None], gradient.flatten()[:, None])
-        return rows.view(logits.shape), None, None
+        return rows.scatter_add_(-1, actions.flatten()[:, None], slopes[:, None]).view(logits.shape), None, None
 
 
 def _by_parts(function: Callable[..., torch.Tensor], logits: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
