@@ -136,6 +136,11 @@ def test_command(capsys):
     assert "assumed: tflops 300" in out
 
 
+def test_a_recipe_that_asks_about_images_is_planned_without_them(capsys):
+    assert main(["--model", "assets:tiny_janus", "--recipe", "self_consistency_janus_shapes", "data.images=none"]) == 0
+    assert "train" in capsys.readouterr().out
+
+
 def test_a_recipe_of_another_family_is_refused():
     with pytest.raises(ConfigError, match="recipe gvu_bagel_7b is for bagel"):
         main(["--model", "assets:tiny_janus", "--recipe", "gvu_bagel_7b"])

@@ -146,6 +146,17 @@ def test_a_failed_stage_is_named_until_it_is_committed(run):
     assert not any("reward-1" in line for line in blocked(run))
 
 
+def test_a_failed_evaluation_is_named_until_one_is_committed(run):
+    with pytest.raises(ValueError, match="red"), run.lock("evaluation-1"):
+        raise ValueError("the judge sees red")
+    assert len(blocked(run)) == 1
+    os.utime(run.path / ".locks/evaluation-1.lock", (1000, 1000))
+    manifest = run.path / "evaluation/iter_0000/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    assert not any("evaluation-1" in line for line in blocked(run))
+
+
 def test_a_stage_that_ends_well_leaves_nothing(run):
     with run.lock("reward-0"):
         pass

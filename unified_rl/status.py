@@ -192,7 +192,7 @@ def worker_problems(run: Run, silent: float) -> list[str]:
         if found is None:
             continue
         name, owner = path.stem, {"host": found[1], "pid": int(found[2])}
-        folders = "evaluation/iter_*" if name.startswith("evaluate") else f"iter_*/{name.split('-')[0]}"
+        folders = "evaluation/iter_*" if name.startswith("evaluation") else f"iter_*/{name.split('-')[0]}"
         committed = (manifest.stat().st_mtime for manifest in run.path.glob(f"{folders}/{MANIFEST_NAME}"))  # if needed
         who = f"{name}: process {found[2]} on {found[1]}"
         if is_locked(path):

@@ -26,6 +26,8 @@ if [[ $what == loop ]]; then
 else
   require_iteration
 fi
+[[ -z ${WORKERS:-}${TRAIN_RANKS:-} ]] ||
+  fail "WORKERS and TRAIN_RANKS count processes of one machine; under SLURM the run's configuration does, and TRAIN_NODES of the site's settings" 2
 find_python
 [[ ${DRY_RUN:-} != 1 ]] && DRY_RUN=''
 [[ -n $DRY_RUN ]] || command -v sbatch >/dev/null || fail "sbatch is not on PATH: submit from a login node of the cluster"

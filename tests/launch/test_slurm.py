@@ -288,6 +288,12 @@ def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path, clu
     assert not (tmp_path / "r").exists()
 
 
+def test_numbers_of_processes_for_one_machine_are_refused(tmp_path: Path, cluster: dict[str, str]) -> None:
+    result = submit("loop", "--run", str(tmp_path / "run"), *SHAPES, **cluster, WORKERS="2")
+    assert result.returncode == 2
+    assert "WORKERS and TRAIN_RANKS count processes of one machine" in result.stderr
+
+
 def test_missing_site_file_and_missing_sbatch_are_named(tmp_path: Path, cluster: dict[str, str]) -> None:
     arguments = ("loop", "--run", str(tmp_path / "run"), *SHAPES)
     result = submit(*arguments, **{**cluster, "SLURM_SITE": str(tmp_path / "none.env")})
