@@ -154,8 +154,10 @@ run_workers() {
 # require_committed STAGE: fails unless its manifest is there; exit codes do not tell. A worker that finishes last leaves a
 # stage open where a shard was damaged meanwhile, and DeepSpeed's launcher ends with 0 when its child was killed.
 require_committed() {
-  local mark
-  printf -v mark '%s/iter_%04d/%s/manifest.json' "$RUN" "$((10#$ITERATION))" "$1"
+  local mark folder=iter_%04d/$1
+  [[ $1 != evaluation ]] || folder=evaluation/iter_%04d
+  # shellcheck disable=SC2059 # the folder's number goes into its name
+  printf -v mark "%s/$folder/manifest.json" "$RUN" "$((10#$ITERATION))"
   [[ ${DRY_RUN:-} == 1 || -f $mark ]] || fail "$1 ended without $mark; the same command continues it" "${STOPPED:+75}"
 }
 

@@ -14,6 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_arguments "$@"
 require_iteration
 find_python
-config_values rollout.workers
+config_values rollout.workers evaluate.prompts
 workers=$(processes WORKERS "${CONFIG[0]}")
 run_workers "$workers" "$PYTHON" -m unified_rl.evaluation "${ARGUMENTS[@]}"
+[[ -z ${CONFIG[1]:-} ]] || require_committed evaluation

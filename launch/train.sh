@@ -33,7 +33,10 @@ if [[ -n ${DS_HOSTFILE:-} ]]; then
     # Without a sign of life ssh waits for ever for a machine that is cut off, and pdsh for ssh.
     LAUNCH_ENV+=("PDSH_SSH_ARGS_APPEND=-o BatchMode=yes -o ServerAliveInterval=15 ${PDSH_SSH_ARGS_APPEND:-}")
   fi
-elif [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9]+(,[0-9]+)*$ && " ${LAUNCH_ENV[*]} " != *" DS_ACCELERATOR=cpu "* ]]; then
+elif [[ -n ${CUDA_VISIBLE_DEVICES:-} && " ${LAUNCH_ENV[*]} " != *" DS_ACCELERATOR=cpu "* ]]; then
+  [[ $CUDA_VISIBLE_DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes the numbers of GPUs only" 2
+  commas=${CUDA_VISIBLE_DEVICES//[^,]/}
+  ((count <= ${#commas} + 1)) || fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has fewer GPUs than the $count ranks of training (train.ranks)" 2
   gpus=(--include "localhost:$(cut -d, -f "1-$count" <<<"$CUDA_VISIBLE_DEVICES")")
 fi
 

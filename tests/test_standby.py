@@ -41,10 +41,10 @@ def commit(run: Run, stage: str) -> None:
     write_manifest(folder, Manifest(stage, 0, [], "base", run.config_hash, {}))
 
 
-def waiter(run: Run, loop: int) -> subprocess.Popen[str]:
+def waiter(run: Run, loop: int, stage: str = "rollout") -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WAITER, run.path]
     process = subprocess.Popen(
-        command, env={**os.environ, VARIABLE: f"rollout:0:{loop}"}, stdout=subprocess.PIPE, text=True
+        command, env={**os.environ, VARIABLE: f"{stage}:0:{loop}"}, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "started\n"
     return process
@@ -65,15 +65,28 @@ def test_imports_first_then_waits_for_the_manifest(run: Run) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("stage", ["train", "rollout"])
+def test_workers_of_other_stages_leave_the_port_to_training(run: Run, stage: str, monkeypatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("RANK", "0")
+    process = waiter(run, os.getpid(), stage)
+    time.sleep(1)
+    with socket.socket() as other:
+        other.bind(("", port))
+    process.kill()
+    process.wait()
+
+
 def test_keeps_the_port_of_its_ranks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.setenv("RANK", "0")
-    process = waiter(run, os.getpid())
+    process = waiter(run, os.getpid(), "reward")
     time.sleep(1)
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", port))
-    commit(run, "rollout")
+    commit(run, "reward")
     assert process.wait(30) == 0
     with socket.socket() as other:
         other.bind(("", port))

@@ -33,7 +33,8 @@ def stand_by(run: Run, *modules: str) -> None:
         for module in modules:
             import_module(module)
         with socket.socket() as port:
-            if os.environ.get("RANK") == "0" and "MASTER_PORT" in os.environ:
+            training = os.environ[VARIABLE].startswith("reward:")  # workers of other stages have a RANK, too
+            if training and os.environ.get("RANK") == "0" and "MASTER_PORT" in os.environ:
                 # It was free when the launcher chose it; bound, it is nobody else's until the ranks meet there.
                 with suppress(OSError):
                     port.bind(("", int(os.environ["MASTER_PORT"])))

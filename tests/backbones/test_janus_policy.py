@@ -205,6 +205,9 @@ def test_an_empty_folder_and_a_foreign_adapter_are_refused(random_janus_folder, 
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
     with pytest.raises(BackboneError, match="q_proj"):
         backbone.load_policy(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("")  # as a host that lost power might leave it
+    with pytest.raises(BackboneError, match="adapter_config.json: not an adapter's configuration"):
+        backbone.load_policy(tmp_path)
 
 
 def test_an_adapter_of_another_rank_is_refused(random_janus_folder, tmp_path):

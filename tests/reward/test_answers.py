@@ -169,6 +169,7 @@ READ = [
     ("one two three four five six", False, "1 2 3 4 5 6", 0, False),
     ("<answer>red</answer>", False, "red", 0, False),
     ("<think>Is it <answer>blue</answer>?</think><answer>red</answer>", True, "red", 4, True),
+    ("4 <think>I count 4 cups", False, "4", 0, False),
 ]
 
 

@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ import torch
 from unified_rl.backbones.load import load_backbone
 from unified_rl.config import BackboneConfig, SelfConsistencyConfig
 from unified_rl.records import PromptRecord
+from unified_rl.reward import drawings
 from unified_rl.reward.drawings import FidelityJudge, likelihoods
 from unified_rl.reward.gvu import GvuScore, gvu_scores
 from unified_rl.reward.self_consistency_prompts import caption_question
 from unified_rl.reward.skips import Skipped, SkipReason
+from unified_rl.reward.solver import write
 from unified_rl.shapes.prompts import prompt_records, scene_for
 from unified_rl.shapes.proposing import stated_facts
 from unified_rl.shapes.world import render
@@ -77,6 +80,17 @@ def test_the_prompts_likelihood_in_the_place_of_its_cosine(backbone, tasks):
     assert matched == pytest.approx(expected, abs=1e-6)
     shuffled = FidelityJudge(backbone, settings, None)._similarities(images[5:] + images[:5], prompts)[1]
     assert statistics.fmean(m > s for m, s in zip(matched, shuffled, strict=True)) > 0.95
+
+
+def test_a_caption_without_a_word_is_skipped(backbone, tasks, monkeypatch):
+    images, prompts = [image for image, _ in tasks[:3]], [task.text for _, task in tasks[:3]]
+    written = FidelityJudge(backbone, SETTINGS, None)._similarities(images, prompts)[0]
+    texts = write(backbone, images, [caption_question("brief")] * 3, [0] * 3, SETTINGS.caption_tokens, 0.0).traj.texts
+    silent = SimpleNamespace(traj=SimpleNamespace(texts=[texts[0], " ", texts[2]]))
+    monkeypatch.setattr(drawings, "write", lambda *_: silent)
+    near = FidelityJudge(backbone, SETTINGS, None)._similarities(images, prompts)[0]
+    assert near[1] == Skipped(SkipReason.EMPTY_REPLY, "the caption")
+    assert [near[0], near[2]] == pytest.approx([written[0], written[2]], abs=1e-6)
 
 
 def test_a_likelihood_that_is_no_number_is_a_failed_score():

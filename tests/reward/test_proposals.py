@@ -126,6 +126,11 @@ def test_a_drawing_task_is_read(reply):
     assert parse_drawing_task(reply, 2) == DrawingTask(PROMPT, PAIRS)
 
 
+def test_half_a_character_in_json_can_be_written():
+    (question,) = parse_questions('{"question": "Is it \\ud83d?"}')
+    assert question.encode() == b"Is it ??"
+
+
 def test_a_number_in_json_is_an_answer():
     reply = (
         '{"prompt": "A cup.", "qa": [{"question": "How many?", "answer": 2}, {"question": "Why?", "answer": "a\\"b"}]}'

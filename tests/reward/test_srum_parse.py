@@ -301,12 +301,8 @@ def test_a_number_where_the_reply_was_stopped_may_lack_digits(tail, score):
     assert (regions[2].score if isinstance(regions[2], JudgeScore) else None) == score
 
 
-def test_a_plan_that_the_question_opened_ends_where_it_is_closed():
-    assert parse_global("Perhaps\nScore: 0.9", plan_opened=True) == ParseFailure(
-        "the plan was cut off before the answer"
-    )
-    assert parse_global("Perhaps\nScore: 0.9</think>Score: 0.4", plan_opened=True) == JudgeScore(0.4)
-    assert isinstance(parse_regions("Region 1\nScore: 0.9", 1, plan_opened=True)[1], ParseFailure)
+def test_half_a_character_in_json_can_be_written():
+    assert parse_global('{"score": 0.5, "reason": "red \\ud83d"}') == JudgeScore(0.5, reason="red ?")
 
 
 def test_an_image_without_regions():

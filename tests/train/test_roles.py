@@ -6,6 +6,7 @@ from unified_rl.config import RunConfig
 from unified_rl.ledger import Run
 from unified_rl.manifests import Manifest
 from unified_rl.train.roles import carry_over, last_trained, policy_digest, roles_of, samples_per_step
+from unified_rl.train.stage import store_metrics
 
 
 def config_of(method: str = "self_consistency", **settings: object) -> RunConfig:
@@ -88,3 +89,12 @@ def test_digest_names_all_roles(run):
     file = run.policy_folder(3) / "generator/adapter_model.safetensors"
     file.write_bytes(b"other")
     assert policy_digest(run.policy_folder(3)) != whole
+
+
+def test_metrics_of_a_role_that_is_trained_again_where_the_stage_was_deleted(run: Run):
+    store_metrics(run, 2, "solver", [{"role": "solver", "step": 0}])
+    path = run.stage_folder(2, "train") / "metrics.jsonl"
+    assert path.read_text() == '{"role": "solver", "step": 0}\n'
+    path.write_text('{"role": "proposer", "step": 0}\n{"role": "solver", "step": 9}\n')
+    store_metrics(run, 2, "solver", [{"role": "solver", "step": 0}])
+    assert path.read_text() == '{"role": "proposer", "step": 0}\n{"role": "solver", "step": 0}\n'

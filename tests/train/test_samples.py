@@ -103,6 +103,13 @@ def test_nothing_but_failures_is_an_error(tmp_path):
         load_iteration(make_run(tmp_path / "run", *records(groups={"a": [None, 0.1, 0.2]})), 0)
 
 
+def test_nothing_but_skipped_scores_is_nothing_to_learn_from(tmp_path):
+    rollouts, rewards = records(groups={"a": [None, 0.1, 0.2]})
+    rewards[0].status = "skipped"
+    data = load_iteration(make_run(tmp_path / "run", rollouts, rewards), 0)
+    assert (data.samples, data.groups, data.failed_groups) == ([], [], 1)
+
+
 def test_shuffled_control_moves_rewards_between_groups(tmp_path):
     groups = {f"p{i}": [i + 0.1, i + 0.2, i + 0.3] for i in range(8)}
     run = make_run(tmp_path / "run", *records(groups=groups), "base", "policy.control=shuffled")

@@ -88,6 +88,7 @@ def write_adapter(
         r=rank, lora_alpha=alpha, target_modules=targets, base_model_name_or_path=base, inference_mode=True
     )
     config.save_pretrained(folder)
+    atomic_write_bytes(folder / ADAPTER_CONFIG, (folder / ADAPTER_CONFIG).read_bytes())  # peft leaves it in the cache
     atomic_write_bytes(folder / ADAPTER_WEIGHTS, _serialised(tensors))
     return folder / ADAPTER_WEIGHTS
 
@@ -106,13 +107,17 @@ def adapter_settings(folder: Path, targets: str) -> tuple[int, int] | None:
         if not (folder / WEIGHTS).exists():
             raise BackboneError(f"{folder} holds no policy: neither {WEIGHTS} nor {ADAPTER_CONFIG}")
         return None
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        settings = config["r"], config["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackboneError(f"{folder / ADAPTER_CONFIG}: not an adapter's configuration: {error!r}") from error
     if config.get("target_modules") != targets:
         raise BackboneError(
             f"{folder / ADAPTER_CONFIG}: adapts {config.get('target_modules')!r}, this backbone adapts {targets!r}"
             " there; adapters that read and adapters that draw may belong to different modules"
         )
-    return config["r"], config["lora_alpha"]
+    return settings
 
 
 def read_tensors(file: Path, expected: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unified_rl.reward.reply_text import Problem, answer_of
+from unified_rl.reward.reply_text import CLOSE, Problem, answer_of
 from unified_rl.reward.skips import Skipped, SkipReason
 
 
@@ -117,7 +117,7 @@ def read_answer(
     if isinstance(tail, Problem):
         blank = not reply.strip()
         return Skipped(SkipReason.EMPTY_REPLY if blank else SkipReason.NO_ANSWER, "" if blank else tail.reason)
-    offset = reply.rindex(tail)
+    offset = max((match.end() for match in CLOSE.finditer(reply)), default=0)  # the tail begins behind the plan
     found, closed = _spans(tail, rules.max_words)
     texts = [normalise(tail[start:end], rules) for start, end in found]
     stated = [(text, span) for text, span in zip(texts, found, strict=True) if text]

@@ -98,11 +98,15 @@ class FidelityJudge:
             ).traj.texts
         with self.backbone.role(None):
             wanted = self.backbone.embed([None] * len(images), prompts)
-            said = self.backbone.embed([None] * len(images), captions)
+            # A caption without a word has no embedding; the prompt stands in for it.
+            texts = [caption if caption.strip() else prompt for caption, prompt in zip(captions, prompts, strict=True)]
+            found = cosines(wanted, self.backbone.embed([None] * len(images), texts))
+            empty = Skipped(SkipReason.EMPTY_REPLY, "the caption")
+            said = [value if caption.strip() else empty for caption, value in zip(captions, found, strict=True)]
             if self.settings.image_term == "likelihood":
-                return cosines(wanted, said), likelihoods(gvu_scores(self.backbone, images, prompts, probe))
+                return said, likelihoods(gvu_scores(self.backbone, images, prompts, probe))
             seen = self.backbone.embed(images, [probe] * len(images))
-        return cosines(wanted, said), cosines(wanted, seen)
+        return said, cosines(wanted, seen)
 
 
 def likelihoods(scores: Sequence[GvuScore]) -> list[float | Skipped]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unified_rl.reward.answers import normalise, polarity
-from unified_rl.reward.reply_text import Problem, answer_of
+from unified_rl.reward.reply_text import Problem, answer_of, writable
 from unified_rl.reward.skips import Skipped, SkipReason
 
 
@@ -185,7 +185,7 @@ def _json_line(match: re.Match[str]) -> str:
     if len(value) < 2 or not value.endswith('"'):
         return f"\n{match['label']}: {value[1:]}"
     try:
-        value = json.loads(value)
+        value = writable(json.loads(value))
     except ValueError:  # an escape that JSON does not know
         value = value[1:-1]
     return f"\n{match['label']}: {' '.join(value.split())}\n\n"

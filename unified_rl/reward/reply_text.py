@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 _OPEN = re.compile(r"<\s*think(?:ing)?\s*>", re.IGNORECASE)
-_CLOSE = re.compile(r"<\s*/\s*think(?:ing)?\s*>", re.IGNORECASE)
+CLOSE = re.compile(r"<\s*/\s*think(?:ing)?\s*>", re.IGNORECASE)
 _MARKUP = '*`"“”„$\u200b\ufeff\r\\'
 _CHARACTERS = str.maketrans(
     {"：": ":", "＝": "=", "−": "-", "－": "-", "﹣": "-", "＋": "+", "｜": "|", "\xa0": " ", "\t": " ", "_": " "}
@@ -46,21 +46,20 @@ class Problem:
     silent: bool = False
 
 
-def answer_of(reply: str, plan_opened: bool = False) -> str | Problem:
+def writable(text: str) -> str:
+    """`text` with a question mark for each half of a surrogate pair, which JSON may hold but UTF-8 cannot."""
+    return text.encode(errors="replace").decode()
+
+
+def answer_of(reply: str) -> str | Problem:
     """What follows the judge's plan, its `<think>` part.
 
     A plan is never read for scores: it weighs numbers that the judge may give up again.
-
-    Args:
-        reply: as the judge wrote it.
-        plan_opened: the question already opened the plan, so that a reply which never closes it is all plan.
     """
     if not reply.strip():
         return Problem("the reply is empty", silent=True)
-    *closed, answer = _CLOSE.split(reply)
+    *_, answer = CLOSE.split(reply)
     before, *plan = _OPEN.split(answer)
-    if plan_opened and not closed:
-        before, plan = "", [answer]
     if before.strip():
         return before
     if plan:

@@ -11,7 +11,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from unified_rl.reward.reply_text import BREAK, END, Problem, answer_of, bare_number, plain_text, read_number, settle
+from unified_rl.reward.reply_text import (
+    BREAK,
+    END,
+    Problem,
+    answer_of,
+    bare_number,
+    plain_text,
+    read_number,
+    settle,
+    writable,
+)
 
 JSON_STARTS = 8  # brackets that are tried as the start of JSON
 
@@ -66,15 +76,14 @@ _OF_THE_WHOLE = re.compile(r"overall|global|total|layout|composition", re.IGNORE
 _NOT_A_SCORE = re.compile(r"object|name|reason|size|count|number|coordinates|bbox|label|[0-9]", re.IGNORECASE)
 
 
-def parse_global(reply: str, truncated: bool = False, plan_opened: bool = False) -> JudgeScore | ParseFailure:
+def parse_global(reply: str, truncated: bool = False) -> JudgeScore | ParseFailure:
     """The score of the whole image.
 
     Args:
         reply: text of the judge, with or without its plan.
         truncated: the reply was stopped by its length limit, so a number at its end may lack digits.
-        plan_opened: the question ended in an open `<think>`, so a reply that never closes it is all plan.
     """
-    answer = answer_of(reply, plan_opened)
+    answer = answer_of(reply)
     if isinstance(answer, Problem):
         return ParseFailure(answer.reason)
     blocks = _blocks(answer, truncated)
@@ -84,14 +93,12 @@ def parse_global(reply: str, truncated: bool = False, plan_opened: bool = False)
     return JudgeScore(value, reason=next((b.reason for b in blocks if b.reason), ""))
 
 
-def parse_regions(
-    reply: str, count: int, truncated: bool = False, plan_opened: bool = False
-) -> dict[int, JudgeScore | ParseFailure]:
+def parse_regions(reply: str, count: int, truncated: bool = False) -> dict[int, JudgeScore | ParseFailure]:
     """The score of each of the regions 1..count, one entry for every region; arguments as for `parse_global`.
 
     Scores without a region's number count only where the blocks are as many as the regions: then the order decides.
     """
-    answer = answer_of(reply, plan_opened)
+    answer = answer_of(reply)
     if isinstance(answer, Problem):
         return {region: ParseFailure(answer.reason) for region in range(1, count + 1)}
     blocks = [b for b in _blocks(answer, truncated) if b.readings or b.region is not None]
@@ -355,7 +362,7 @@ def _walk(content: object, region: int | None) -> list[_Block]:
         region = int(number[1]) if number else region
     scores = [value for key, value in keys.items() if key == "score" or key.endswith(" score")]
     if scores:
-        texts = [str(keys.get(name) or "") for name in ("object", "reason")]
+        texts = [writable(str(keys.get(name) or "")) for name in ("object", "reason")]
         return [_Block(region, readings=[_json_score(v) for v in scores], object=texts[0], reason=texts[1])]
     blocks = []
     for key, value in keys.items():

@@ -6,6 +6,7 @@ The judge reads each image as it came back from its PNG.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -76,7 +77,8 @@ def reward(run: Run, iteration: int, ranks: Ranks, patience: float | None = None
         return EXIT_OK
     todo = Arrivals(run, iteration, ranks, patience)
     if todo.source is None:  # its workers hold the first GPUs
-        ranks = replace(ranks, local_rank=ranks.local_rank + run.config.rollout.workers)
+        workers = int(os.environ.get("WORKERS") or run.config.rollout.workers)  # as launch/rollout.sh counts them
+        ranks = replace(ranks, local_rank=ranks.local_rank + workers)
     score = score_inquiry_shards if loop_of(run.config, iteration) == "understanding" else score_shards
     if not todo.finished and score(run, iteration, todo, ranks) == EXIT_STOPPED:
         return EXIT_STOPPED

@@ -105,7 +105,9 @@ def load_iteration(run: Run, iteration: int) -> IterationData:
             )
     whole = [sorted(keys) for keys in by_prompt.values() if all(rewards[k].status == "ok" for k in keys)]
     if not whole:
-        raise TrainError(f"iteration {iteration}: every group has a failed score; see the reward manifest")
+        if any(reward.status == "failed" for reward in rewards.values()):
+            raise TrainError(f"iteration {iteration}: every group has a failed score; see the reward manifest")
+        return IterationData([], [], dict(settings.pop()), len(by_prompt), 0)
     samples = [join(rollouts[key], rewards[key], run.config.policy) for keys in whole for key in keys]
     seed = sample_seed(run.config.seed, iteration, "shuffled-control", 0)
     samples, live = with_update(samples, len(whole), run.config.policy, seed)

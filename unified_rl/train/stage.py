@@ -259,7 +259,7 @@ def store_metrics(run: Run, iteration: int, role: str, lines: list[dict]) -> Non
     path = run.stage_folder(iteration, STAGE) / METRICS
     names = roles.roles_of(run.config, iteration)
     earlier = names[: names.index(role)]
-    if earlier:
+    if earlier and path.exists():  # not after a role's checkpoint was lost, and the folder deleted as its error says
         stored = [json.loads(line) for line in path.read_text().splitlines()]
         lines = [line for line in stored if line["role"] in earlier] + lines
     atomic_write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -106,7 +106,7 @@ class Updater:
             deviation = values.get("ratio_max_deviation", torch.zeros_like(weights))
             deviation = torch.where(weights > 0, deviation, torch.zeros_like(weights))
             top = int(deviation.argmax())
-            if not deviation[top] <= worst:
+            if not (math.isnan(worst) or deviation[top] <= worst):  # NaN is the worst of all
                 worst, worst_sample = float(deviation[top]), micro.samples[top]
         return zero3.reduced_sum(sums), *zero3.largest(worst, worst_sample, self.device)
 

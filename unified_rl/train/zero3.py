@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -146,11 +147,11 @@ def reduced_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def largest(value: float, tag: int, device: torch.device) -> tuple[float, int]:
-    """The largest `value` of all ranks and the tag that came with it."""
+    """The largest `value` of all ranks, NaN above all others, and the tag that came with it."""
     mine = torch.tensor([value, tag], dtype=torch.float64, device=device)
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
-    top = max((row.tolist() for row in rows), key=lambda row: row[0])
+    top = max((row.tolist() for row in rows), key=lambda row: (math.isnan(row[0]), row[0]))
     return top[0], int(top[1])
 
 
