@@ -16,10 +16,12 @@ from tests.made_run import finish, open_made_run, use_painter
 from unified_rl import disk
 from unified_rl.config import ConfigError, load_run_config, resolve
 from unified_rl.disk import DiskError, Written, drop_old_shards, expected, require_room, trained_numbers, weight_shapes
+from unified_rl.files import atomic_write_bytes
 from unified_rl.ledger import Run
 from unified_rl.manifests import REMOVED
 from unified_rl.records import RolloutRecord
 from unified_rl.report.html import render
+from unified_rl.report.timing import append_timing
 from unified_rl.report.truth import read_truth
 from unified_rl.reward.stage import reward
 from unified_rl.rollout import stage as rollout_stage
@@ -210,10 +212,26 @@ def test_a_disk_that_fills_up_leaves_a_run_that_goes_on(finished, small_disk, mo
                     stage(run, 0, ONE)
             except (StageError, OSError) as error:
                 assert isinstance(error, StageError) or error.errno in DISK_ERRORS
-                assert os.strerror(errno.ENOSPC) in str(error)
+                assert os.strerror(errno.ENOSPC) in str(error) and str(run.path) in str(error)
                 stopped.add(str(error))
                 pages += 1
                 small_disk.resize(4 * pages)
     assert len(stopped) > 4, "the disk never filled up in different places: the test shows nothing"
     assert content(run) == content(finished)
     assert not list(small_disk.folder.rglob("*.tmp"))
+
+
+def test_every_write_on_a_full_disk_names_its_file(finished, small_disk):
+    run = Run(small_disk.folder / "run", finished.config)
+    (run.path / ".locks").mkdir(parents=True)
+    descriptor = os.open(small_disk.folder / "ballast", os.O_WRONLY | os.O_CREAT)
+    with pytest.raises(OSError, match="No space left"):
+        while True:
+            os.write(descriptor, bytes(4096))
+    os.close(descriptor)
+    with pytest.raises(OSError, match="No space left.*run/.locks/train.lock"), run.lock("train"):
+        pass
+    with pytest.raises(OSError, match="No space left.*run/metrics.jsonl"):
+        atomic_write_bytes(run.path / "metrics.jsonl", b"{}")
+    with pytest.raises(OSError, match="No space left.*run/timings.jsonl"):
+        append_timing(run.path, "train", 0, 1.0)

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from unified_rl.config import RunConfig, config_hash
-from unified_rl.files import sha256_file
+from unified_rl.files import named, sha256_file
 from unified_rl.manifests import (
     SCHEMA_VERSION,
     LedgerError,
@@ -286,10 +286,9 @@ class Run:
                     f"another process is already at work on {name} of {self.path} "
                     f"({file.read(200).strip() or 'unknown'}); wait for it or stop it"
                 ) from None
-            file.seek(0)
-            file.truncate()
-            file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
-            file.flush()
+            file.truncate(0)
+            with named(Path(file.name)):  # past the file's buffer, which would try again when it is closed
+                os.write(file.fileno(), f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
             try:
                 yield
             except BaseException as error:

@@ -320,7 +320,7 @@ def run_stage(main: Callable[[], int]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         code = EXIT_FAILED
-        _report(str(error))
+        _report(f"{error}; make room or correct the permissions, then run the same command again")
     sys.exit(code)
 
 

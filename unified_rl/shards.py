@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from unified_rl.files import fsync_folder, sha256_file
+from unified_rl.files import fsync, sha256_file
 from unified_rl.inquiries import InquiryRecord, InquiryReward
 from unified_rl.manifests import Manifest, ShardInfo, read_manifest, remove_temporaries
 from unified_rl.record_parts import KEY
@@ -102,7 +102,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]], may
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
     except FileNotFoundError as error:
         if error.filename != str(temporary):
             raise

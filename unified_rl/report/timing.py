@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from unified_rl.files import named
+
 TIMINGS = "timings.jsonl"
 
 
@@ -14,7 +16,8 @@ def append_timing(run: Path, stage: str, iteration: int, seconds: float) -> None
     line = json.dumps({"stage": stage, "iteration": iteration, "seconds": round(seconds, 3)}) + "\n"
     descriptor = os.open(Path(run) / TIMINGS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        with named(Path(run) / TIMINGS):
+            os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
 

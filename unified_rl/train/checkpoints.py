@@ -7,13 +7,12 @@ RUN/checkpoints/solver/iter_0003/   the same of one role, where an iteration tra
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unified_rl.files import fsync_folder
+from unified_rl.files import fsync
 from unified_rl.ledger import Run, iteration_name
 from unified_rl.manifests import encode_json, read_json, store
 from unified_rl.train.zero3 import TrainError
@@ -89,13 +88,8 @@ def clear_unfinished(run: Run, iteration: int, role: str = "") -> None:
 def complete(run: Run, checkpoint: Checkpoint) -> None:
     """Make the files durable, then write the marker."""
     folder = folder_of(run, checkpoint.iteration, checkpoint.role)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    fsync_folder(folder)
+    for path in [*sorted(p for p in folder.rglob("*") if p.is_file()), folder]:
+        fsync(path)
     store(folder / MARKER, encode_json(asdict(checkpoint)))
 
 
