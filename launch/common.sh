@@ -154,10 +154,10 @@ run_workers() {
 # require_committed STAGE: fails unless its manifest is there; exit codes do not tell. A worker that finishes last leaves a
 # stage open where a shard was damaged meanwhile, and DeepSpeed's launcher ends with 0 when its child was killed.
 require_committed() {
-  local mark folder=iter_%04d/$1
-  [[ $1 != evaluation ]] || folder=evaluation/iter_%04d
-  # shellcheck disable=SC2059 # the folder's number goes into its name
-  printf -v mark "%s/$folder/manifest.json" "$RUN" "$((10#$ITERATION))"
+  local iteration mark
+  printf -v iteration 'iter_%04d' "$((10#$ITERATION))"
+  mark=$RUN/$iteration/$1/manifest.json
+  [[ $1 != evaluation ]] || mark=$RUN/evaluation/$iteration/manifest.json
   [[ ${DRY_RUN:-} == 1 || -f $mark ]] || fail "$1 ended without $mark; the same command continues it" "${STOPPED:+75}"
 }
 

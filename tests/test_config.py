@@ -28,7 +28,8 @@ from unified_rl.launching import config_value
 from unified_rl.reward.answers import ANSWER_RULES
 from unified_rl.reward.fidelity import GENERATION_RULES
 from unified_rl.reward.role_rewards import PROPOSER_RULES
-from unified_rl.reward.self_consistency_prompts import FRAMINGS, WORDINGS
+from unified_rl.reward.self_consistency_prompts import FRAMINGS
+from unified_rl.reward.srum_prompts import WORDINGS
 from unified_rl.reward.token_entropy import ENTROPY_RULES
 
 RECIPE = "gvu_janus_shapes"

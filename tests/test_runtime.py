@@ -180,7 +180,7 @@ def test_bar_on_a_terminal(monkeypatch, no_color):
         monkeypatch.delenv("NO_COLOR", raising=False)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with runtime.progress(4, "images") as bar:
+    with runtime.Progress(4, "images") as bar:
         bar.update(2, reward=0.123456)
         log("a line in between")
         bar.update(2, reward=0.5)
@@ -194,7 +194,7 @@ def test_tqdm_disable_gives_plain_lines(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with runtime.progress(1, "images") as bar:
+    with runtime.Progress(1, "images") as bar:
         bar.update(1)
     assert terminal.getvalue().startswith("[test r0] images 1/1, ")
     assert "\r" not in terminal.getvalue()

@@ -15,7 +15,9 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from error
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

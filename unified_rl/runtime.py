@@ -256,11 +256,6 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def progress(total: int, description: str) -> Progress:
-    """A `Progress` over `total` units; use it as a context manager or call `.close()`."""
-    return Progress(total, description)
-
-
 def _not_negative(text: str) -> int:
     value = int(text)
     if value < 0:

@@ -29,9 +29,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from multiprocessing import Process
+from multiprocessing import Process, current_process
 from pathlib import Path
 
 from tests.drill.comparison import VERDICTS, Snapshot, committed, snapshot
@@ -216,7 +216,7 @@ def tell(fault: Fault, count: int, limit: int, started: float) -> None:
     tell.told += 1
     where = fault.place + (f" of iteration {fault.iteration}" if fault.iteration >= 0 else "")
     print(
-        f"fault {count}/{limit}, loop {fault.loop}: {fault.kind} ({fault.what}) at {where}: "
+        f"{current_process().name}, fault {count}/{limit}, loop {fault.loop}: {fault.kind} ({fault.what}) at {where}: "
         f"{fault.verdict.replace('_', ' ')}, {fault.seconds:.0f} s, eta {format_seconds(rate * (limit - count))}",
         flush=True,
     )
@@ -273,49 +273,50 @@ def read_journal(path: Path) -> list[Fault]:
     return [Fault(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def drill_lane(out: Path, lane: int, limit: int, seed: int) -> None:
+def drill_lane(
+    out: Path, lane: int, disk: Path | None, limit: int, seed: int, whole: Snapshot, seconds: dict[str, float]
+) -> None:
     """Loop after loop, until the journal of OUT/lane-LANE has `limit` faults."""
-    whole, seconds = undisturbed(out)
     folder = out / f"lane-{lane}"
     journal = folder / f"faults-{seed}.jsonl"
     started, faults = time.monotonic(), read_journal(journal)
-    with small_disk(folder / "disk") as disk:
-        while len(faults) < limit:
-            number = faults[-1].loop + 1 if faults else 0
-            run = (disk or folder) / f"loop-{seed}-{number:03d}"
-            shutil.rmtree(run, ignore_errors=True)
-            loop = Loop(run, out / "prompts", folder / f"{run.name}.log", prefetch=number % 2 == 0)
-            field = Field(loop, whole, random.Random(f"{seed} {lane} {number}"), disk)
-            try:
-                hit = drill_loop(field, number, faults, limit, seconds, started)
-            finally:
-                if loop.process:
-                    loop.kill()
-            faults += hit
-            with open(journal, "a") as file:
-                file.writelines(json.dumps(asdict(fault)) + "\n" for fault in hit)
-            if all(fault.verdict not in VERDICTS for fault in hit):
-                shutil.rmtree(run)
-            elif disk:
-                shutil.move(run, folder / run.name)  # to be looked at
+    while len(faults) < limit:
+        number = faults[-1].loop + 1 if faults else 0
+        run = (disk or folder) / f"loop-{seed}-{number:03d}"
+        shutil.rmtree(run, ignore_errors=True)
+        loop = Loop(run, out / "prompts", folder / f"{run.name}.log", prefetch=number % 2 == 0)
+        field = Field(loop, whole, random.Random(f"{seed} {lane} {number}"), disk)
+        try:
+            hit = drill_loop(field, number, faults, limit, seconds, started)
+        finally:
+            if loop.process:
+                loop.kill()
+        faults += hit
+        with open(journal, "a") as file:
+            file.writelines(json.dumps(asdict(fault)) + "\n" for fault in hit)
+        if all(fault.verdict not in VERDICTS for fault in hit):
+            shutil.rmtree(run)
+        elif disk:
+            shutil.move(run, folder / run.name)  # to be looked at
 
 
 def drill(out: Path, limit: int, seed: int, lanes: int) -> tuple[dict, list[Fault]]:
     """Everything; the summary, and the faults of all lanes."""
     out.mkdir(parents=True, exist_ok=True)
-    undisturbed(out)
-    with small_disk(out / "disk") as disk:
-        skipped = [] if disk else [DISK_KIND]
-    shares = [limit * (lane + 1) // lanes - limit * lane // lanes for lane in range(lanes)]
-    workers = [Process(target=drill_lane, args=(out, lane, share, seed)) for lane, share in enumerate(shares)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    whole = undisturbed(out)
+    with ExitStack() as mounted:
+        disks = [mounted.enter_context(small_disk(out / f"lane-{lane}" / "disk")) for lane in range(lanes)]
+        workers = []
+        for lane, disk in enumerate(disks):
+            share = limit * (lane + 1) // lanes - limit * lane // lanes
+            workers.append(Process(target=drill_lane, args=(out, lane, disk, share, seed, *whole), name=f"lane {lane}"))
+            workers[-1].start()
+        for worker in workers:
+            worker.join()
     if any(worker.exitcode for worker in workers):
         sys.exit("error: the drill itself failed, see above; the same command continues")
     faults = [fault for lane in range(lanes) for fault in read_journal(out / f"lane-{lane}" / f"faults-{seed}.jsonl")]
-    summary = summary_of(faults, seed, skipped)
+    summary = summary_of(faults, seed, [] if all(disks) else [DISK_KIND])
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary, faults
 

@@ -244,3 +244,10 @@ def test_a_stage_that_ends_uncommitted_fails(tmp_path, setting, committed, code)
     assert shell.wait(60) == code
     expected = "" if not code else f"error: rollout ended without {mark}; the same command continues it\n"
     assert shell.stdout.read() == expected
+
+
+def test_an_evaluation_that_ends_uncommitted_fails(tmp_path):
+    shell = start(f"RUN='{tmp_path}'; ITERATION=08; require_committed evaluation")
+    assert shell.wait(60) == 1
+    mark = tmp_path / "evaluation/iter_0008/manifest.json"
+    assert shell.stdout.read() == f"error: evaluation ended without {mark}; the same command continues it\n"

@@ -54,6 +54,17 @@ def test_zero_counts_as_a_score_where_it_covers_a_larger_box():
     assert painted([ALL, LEFT], [1.0, 0.0], SRUM) == [[0.0, 0.0, 1.0, 1.0]] * 4
 
 
+@pytest.mark.parametrize(
+    "overlap, value", [("max", 1.0), ("min", -0.5), ("mean", 0.25), ("area_weighted", (1 / 16 - 0.5 / 4) / (5 / 16))]
+)
+def test_other_rules_for_overlap(overlap, value):
+    # 16 pixels at 1.0 and 4 pixels at -0.5, the rest of a larger image at the background of -0.25
+    rules = MapRules(overlap=overlap, background=-0.25)
+    pixels = paint([ALL, CENTRE], [1.0, -0.5], (4, 5), rules)
+    assert pixels[1, 1].item() == pytest.approx(value)
+    assert pixels[0, 0].item() == 1.0 and pixels[0, 4].item() == -0.25
+
+
 @pytest.mark.parametrize("rules", [SRUM, RELEASE])
 def test_what_lies_outside_the_image_does_not_count(rules):
     inside = painted([(2, 2, 4, 4)], [0.8], rules)
@@ -156,3 +167,13 @@ def test_impossible_scores_are_refused(score):
 def test_boxes_and_scores_must_pair():
     with pytest.raises(ValueError, match="2 boxes but 1 scores"):
         reward_map([ALL, LEFT], [0.5], 0.5, (4, 4), (2, 2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"values": "x"}, {"overlap": "x"}, {"resample": "x"}, {"background": 2.0}, {"missing_alpha": -0.1}]
+)
+def test_impossible_rules_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MapRules(**options)
+    with pytest.raises(ValueError, match="background"):
+        MapRules(values="unit", background=-0.5)

@@ -5,13 +5,13 @@ from unified_rl.reward.proposals import parse_drawing_task, parse_questions
 from unified_rl.reward.self_consistency_prompts import (
     DIFFICULTIES,
     FRAMINGS,
-    WORDINGS,
     caption_question,
     drawing_task_question,
     proposer_question,
     solver_question,
 )
 from unified_rl.reward.skips import Skipped
+from unified_rl.reward.srum_prompts import WORDINGS
 
 
 def test_seven_different_framings_of_one_question_that_come_in_turn():

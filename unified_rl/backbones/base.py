@@ -388,14 +388,37 @@ def check_text_sampling(
         )
 
 
-def next_token(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """int64 [B]: the likeliest token at temperature 0, else one of the nucleus.
+@torch.no_grad()
+def sampled_text(
+    next_logits: Callable[[torch.Tensor | None], torch.Tensor],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    end: int,
+    pad: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids int64, log_probs, entropies, mask fp32, [B, T'] each (see `TextTraj`), until `end` or `max_new_tokens`.
 
     Args:
-        logits: [B, V], divided by the temperature.
-        uniforms: float64 [B].
+        next_logits: [B, V] after the tokens [B] that were taken last, `pad` where a row has ended; first after None.
+        temperature: 0 takes the likeliest token.
+        top_p: only the nucleus of that much probability is sampled from.
     """
-    return inverse_cdf(nucleus(logits, top_p), uniforms) if temperature else logits.argmax(-1)
+    uniforms = uniform_streams(seeds, max_new_tokens, device)
+    running = torch.ones(len(seeds), dtype=torch.bool, device=device)
+    columns, token = [], None
+    for i in range(max_new_tokens):
+        logits = next_logits(token).float() / (temperature or 1.0)
+        taken = inverse_cdf(nucleus(logits, top_p), uniforms[:, i]) if temperature else logits.argmax(-1)
+        token = taken.masked_fill(~running, pad)
+        step = Categorical(logits)
+        columns.append((token, step.log_prob(token) * running, step.entropy() * running, running.float()))
+        running = running & (token != end)
+        if not running.any():
+            break
+    return tuple(torch.stack(values, 1) for values in zip(*columns, strict=True))
 
 
 def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:

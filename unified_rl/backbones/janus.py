@@ -32,9 +32,10 @@ from unified_rl.backbones.base import (
     choose_attention,
     embedding,
     images_repeat,
+    sampled_text,
 )
 from unified_rl.backbones.janus_inputs import JanusInputs
-from unified_rl.backbones.janus_sampling import PrefixDecoder, guided, positions_of, sample_images, sample_text
+from unified_rl.backbones.janus_sampling import PrefixDecoder, guided, positions_of, sample_images
 from unified_rl.backbones.trained import TrainedWeights
 
 LORA_TARGETS = (
@@ -354,7 +355,13 @@ class JanusBackbone(TrainedWeights):
         check_text_sampling(len(questions), seeds, max_new_tokens, temperature, top_p)
         decoder = self._prompted(images, questions, max_new_tokens - 1)
         end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        sampled = sample_text(self.model, decoder, seeds, max_new_tokens, temperature, top_p, end, pad)
+
+        def next_logits(token: torch.Tensor | None) -> torch.Tensor:
+            if token is not None:
+                decoder.step(self.model.get_input_embeddings()(token[:, None]))
+            return self.model.lm_head(decoder.hidden)
+
+        sampled = sampled_text(next_logits, seeds, max_new_tokens, temperature, top_p, end, pad, self.device)
         return TextTraj(*sampled, texts=self.inputs.texts(sampled[0]))
 
     @torch.no_grad()

@@ -18,7 +18,6 @@ from unified_rl.backbones.base import (
     Sampling,
     TokenTraj,
     inverse_cdf,
-    next_token,
     uniform_streams,
 )
 
@@ -262,42 +261,3 @@ def sample_images(
             actions[:, i] = inverse_cdf(logits, uniforms[:, i])
             log_probs[:, i] = Categorical(logits).log_prob(actions[:, i])
     return TokenTraj(actions, log_probs)
-
-
-@torch.no_grad()
-def sample_text(
-    model: JanusForConditionalGeneration,
-    decoder: PrefixDecoder,
-    seeds: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    end: int,
-    pad: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Continue each row of a decoder until the token `end` or `max_new_tokens`.
-
-    Args:
-        decoder: with room for `max_new_tokens` - 1.
-        temperature: 0 takes the likeliest token.
-        top_p: only the nucleus of that much probability is sampled from.
-
-    Returns:
-        ids int64, log_probs, entropies, mask fp32: [B, T'] each; see `TextTraj`.
-    """
-    device = decoder.hidden.device
-    uniforms = uniform_streams(seeds, max_new_tokens, device)
-    running = torch.ones(len(seeds), dtype=torch.bool, device=device)
-    columns = []
-    for i in range(max_new_tokens):
-        if i:
-            decoder.step(model.get_input_embeddings()(columns[-1][0][:, None]))
-        logits = model.lm_head(decoder.hidden).float() / (temperature or 1.0)
-        token = next_token(logits, uniforms[:, i], temperature, top_p)
-        step = Categorical(logits)
-        log_prob, entropy = step.log_prob(token) * running, step.entropy() * running
-        columns.append((token.masked_fill(~running, pad), log_prob, entropy, running.float()))
-        running = running & (token != end)
-        if not running.any():
-            break
-    return tuple(torch.stack(values, 1) for values in zip(*columns, strict=True))

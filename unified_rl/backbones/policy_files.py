@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from unified_rl.backbones.base import BackboneError, tensor_problems
-from unified_rl.files import atomic_write_bytes
+from unified_rl.files import atomic_write_bytes, fsync
 
 WEIGHTS = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -88,7 +88,7 @@ def write_adapter(
         r=rank, lora_alpha=alpha, target_modules=targets, base_model_name_or_path=base, inference_mode=True
     )
     config.save_pretrained(folder)
-    atomic_write_bytes(folder / ADAPTER_CONFIG, (folder / ADAPTER_CONFIG).read_bytes())  # peft leaves it in the cache
+    fsync(folder / ADAPTER_CONFIG)  # peft leaves it in the cache
     atomic_write_bytes(folder / ADAPTER_WEIGHTS, _serialised(tensors))
     return folder / ADAPTER_WEIGHTS
 

@@ -38,11 +38,11 @@ from unified_rl.report.timing import append_timing
 from unified_rl.runtime import (
     EXIT_OK,
     EXIT_STOPPED,
+    Progress,
     Ranks,
     StopRequest,
     current_ranks,
     log,
-    progress,
     sample_seed,
     set_cpu_threads,
     stage_arguments,
@@ -174,7 +174,7 @@ def do_units(run: Run, iteration: int, plan: Plan, mine: list[int], ranks: Ranks
     roles = config.reward.method == "self_consistency"
     policy = load_backbone(config.backbone, ranks.local_rank, plan.policy, roles=roles)
     judge = policy if plan.policy is None else load_backbone(config.backbone, ranks.local_rank)
-    with StopRequest() as stop, progress(len(mine), "units") as bar:
+    with StopRequest() as stop, Progress(len(mine), "units") as bar:
         for unit in mine:
             if stop.requested:
                 log("stopped on request; run the same command again to go on")

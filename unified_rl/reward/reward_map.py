@@ -15,6 +15,10 @@ import torch.nn.functional as F
 
 from unified_rl.reward.regions import Box, box_area, clip_box
 
+VALUES = ("signed", "unit")
+OVERLAPS = ("smallest", "max", "min", "mean", "area_weighted")
+RESAMPLINGS = ("area", "bilinear")
+
 
 @dataclass(frozen=True)
 class MapRules:
@@ -24,7 +28,8 @@ class MapRules:
         values: `signed` paints a score s as it is, -1..1; `unit` as (s + 1) / 2, 0..1.
         overlap: who wins where boxes overlap. `smallest`: the box of least area, as the most specific judgement (of
             equal boxes the one listed first). `max`: the highest value, the background included, so that the
-            background is a floor.
+            background is a floor. `min`: the lowest value of the boxes. `mean`: their mean. `area_weighted`: their
+            mean with weights 1 / area.
         background: value of pixels outside all boxes, in the scale of `values`.
         resample: `area`: mean over the pixels of a cell. `bilinear`: between the pixel centres next to the centre of
             the cell, which at 16 pixels a cell sees little of it.
@@ -38,6 +43,16 @@ class MapRules:
     resample: str = "area"
     missing_alpha: float = 1.0
     skip_zero_global: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("values", VALUES), ("overlap", OVERLAPS), ("resample", RESAMPLINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        low = -1.0 if self.values == "signed" else 0.0
+        if not low <= self.background <= 1.0:
+            raise ValueError(f"background must lie in {low:g}..1 for {self.values} values, not {self.background!r}")
+        if not 0.0 <= self.missing_alpha <= 1.0:
+            raise ValueError(f"missing_alpha must lie in 0..1, not {self.missing_alpha!r}")
 
 
 # srum: the paper's equations, with signed values that repel. srum_release: what the published code computes. Its floor
@@ -82,7 +97,7 @@ def reward_map(
         global_score: in -1..1, or None.
         image_size: (H, W) pixels of the frame that the boxes are in.
         grid_size: (h, w) cells of the latents or tokens.
-        rules: a value of `MAP_RULES`.
+        rules: a value of `MAP_RULES`, or others.
 
     Raises:
         ValueError: not one score for each box, or a score that is no number in -1..1.
@@ -117,14 +132,16 @@ def paint(
         inside = clip_box(box, *image_size)
         if value is not None and inside is not None:
             painted.append((inside, value if rules.values == "signed" else (value + 1.0) / 2.0))
+    if rules.overlap in ("mean", "area_weighted"):
+        return _paint_mean(painted, image_size, rules)
     pixels = torch.full(image_size, math.nan, dtype=torch.float64)
     if rules.overlap == "smallest":
         # Last painted wins: large before small, and of equal areas the first listed at the end.
         painted = sorted(painted, key=lambda item: box_area(item[0]))[::-1]
+    combine = {"smallest": lambda _, new: new, "max": torch.fmax, "min": torch.fmin}[rules.overlap]
     for (x1, y1, x2, y2), value in painted:
         view = pixels[y1:y2, x1:x2]
-        new = torch.full_like(view, value)
-        view.copy_(torch.fmax(view, new) if rules.overlap == "max" else new)
+        view.copy_(combine(view, torch.full_like(view, value)))
     pixels = pixels.nan_to_num(nan=rules.background)
     return pixels.clamp_min(rules.background) if rules.overlap == "max" else pixels
 
@@ -147,6 +164,18 @@ def _cell_overlap(cells: int, pixels: int) -> torch.Tensor:
     left, right = torch.arange(pixels), torch.arange(1, pixels + 1)
     covered = torch.minimum(edges[1:, None], right) - torch.maximum(edges[:-1, None], left)
     return covered.clamp_min(0.0) * cells / pixels
+
+
+def _paint_mean(painted: list[tuple[Box, float]], image_size: tuple[int, int], rules: MapRules) -> torch.Tensor:
+    """Mean of the values over each pixel, each box with the same weight or with 1 / area."""
+    total = torch.zeros(image_size, dtype=torch.float64)
+    weight = torch.zeros(image_size, dtype=torch.float64)
+    for box, value in painted:
+        x1, y1, x2, y2 = box
+        share = 1.0 / box_area(box) if rules.overlap == "area_weighted" else 1.0
+        total[y1:y2, x1:x2] += share * value
+        weight[y1:y2, x1:x2] += share
+    return torch.where(weight > 0, total / weight, torch.full_like(total, rules.background))
 
 
 def _checked(score: float, name: str) -> float:

@@ -6,7 +6,7 @@ model that was never asked this before; `brief` is one line, for a small model t
 
 from __future__ import annotations
 
-WORDINGS = ("full", "brief")
+from unified_rl.reward.srum_prompts import is_brief
 
 DIFFICULTIES = {
     "medium": "Someone should need two observations to answer it, for example a place and a colour.",
@@ -46,7 +46,7 @@ def proposer_question(difficulty: str | None = None, wording: str = "full") -> s
     """
     if difficulty is not None and difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty must be one of {', '.join(DIFFICULTIES)}, not {difficulty!r}")
-    if _is_brief(wording):
+    if is_brief(wording):
         return f"ask a {difficulty} question" if difficulty else "ask a question"
     wanted = f"\n- {DIFFICULTIES[difficulty]}" if difficulty else ""
     return f"""\
@@ -67,7 +67,7 @@ def solver_question(question: str, framing: int = 0, wording: str = "full") -> s
     Raises:
         ValueError: a negative number, or another wording.
     """
-    brief = _is_brief(wording)
+    brief = is_brief(wording)
     framings = FRAMINGS[wording]
     if framing < 0:
         raise ValueError(f"a framing is a number from 0, not {framing!r}")
@@ -87,7 +87,7 @@ def drawing_task_question(pairs: int = 3, rejected: tuple[str, str] | None = Non
     """
     if pairs < 1:
         raise ValueError(f"a drawing task needs at least one question, not {pairs!r}")
-    if _is_brief(wording):
+    if is_brief(wording):
         return f"write a drawing task with {pairs} questions"
     again = ""
     if rejected:
@@ -108,12 +108,6 @@ and below it its answer on a line that begins with "Answer:". Write nothing else
 
 def caption_question(wording: str = "full") -> str:
     """Asks the Solver for the caption that is compared with the prompt."""
-    if _is_brief(wording):
+    if is_brief(wording):
         return "Describe the image in detail."
     return "Say in one short and complete sentence what this picture shows."
-
-
-def _is_brief(wording: str) -> bool:
-    if wording not in WORDINGS:
-        raise ValueError(f"wording must be one of {', '.join(WORDINGS)}, not {wording!r}")
-    return wording == "brief"

@@ -40,7 +40,7 @@ def global_question(prompt: str, wording: str = "full") -> str:
     Raises:
         ValueError: a wording that is none of `WORDINGS`.
     """
-    if _is_brief(wording):
+    if is_brief(wording):
         return f'score the layout for "{_one_line(prompt)}"'
     return f"""\
 You check pictures. The picture was drawn for this prompt: "{_one_line(prompt)}"
@@ -78,7 +78,7 @@ def local_question(
     """
     if not boxes:
         raise ValueError("a picture without regions has no local question")
-    if _is_brief(wording):
+    if is_brief(wording):
         numbered = " ".join(f"{i} ({b[0]}, {b[1]}, {b[2]}, {b[3]})" for i, b in enumerate(boxes, 1))
         return f'score the regions for "{_one_line(prompt)}": {numbered}'
     regions = "\n".join(f"Region {i}: from ({b[0]}, {b[1]}) to ({b[2]}, {b[3]})" for i, b in enumerate(boxes, 1))
@@ -101,7 +101,8 @@ Object: <main thing>
 Score: <number from -1 to 1>{reason}"""
 
 
-def _is_brief(wording: str) -> bool:
+def is_brief(wording: str) -> bool:
+    """Whether a wording is the brief one; ValueError for none of `WORDINGS`."""
     if wording not in WORDINGS:
         raise ValueError(f"wording must be one of {', '.join(WORDINGS)}, not {wording!r}")
     return wording == "brief"

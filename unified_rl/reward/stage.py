@@ -25,12 +25,12 @@ from unified_rl.reward.self_consistency_metrics import question_metrics
 from unified_rl.runtime import (
     EXIT_OK,
     EXIT_STOPPED,
+    Progress,
     Ranks,
     StageError,
     StopRequest,
     current_ranks,
     log,
-    progress,
     set_cpu_threads,
     stage_parser,
 )
@@ -156,7 +156,7 @@ def score_shards(run: Run, iteration: int, todo: Arrivals, ranks: Ranks) -> int:
     size = max(1, config.reward.batch_size // config.rollout.group_size) * config.rollout.group_size
     if config.reward.method != "self_consistency":
         size = config.reward.batch_size
-    with StopRequest() as stop, progress(total, "scores") as bar:
+    with StopRequest() as stop, Progress(total, "scores") as bar:
         for index, source in todo.until(stop):
             rollouts = list(read_records(run.stage_folder(iteration, "rollout"), [source], RolloutRecord))
             records: list[RewardRecord] = []

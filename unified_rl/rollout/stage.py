@@ -21,11 +21,11 @@ from unified_rl.rollout.groups import draw_groups, iteration_keys, iteration_pro
 from unified_rl.runtime import (
     EXIT_OK,
     EXIT_STOPPED,
+    Progress,
     Ranks,
     StopRequest,
     current_ranks,
     log,
-    progress,
     sample_seed,
     set_cpu_threads,
     stage_arguments,
@@ -118,7 +118,7 @@ def draw_shards(
     folder = run.stage_folder(iteration, STAGE)
     each = 1 if loop == "understanding" else config.rollout.group_size
     total = sum(len(shards[i]) for i in mine) * each
-    with StopRequest() as stop, progress(total, "images") as bar:
+    with StopRequest() as stop, Progress(total, "images") as bar:
         for index in mine:
             records, counts = [], Counter()
             for done, batch, counted in make(backbone, shards[index], config, iteration, version):

@@ -31,11 +31,11 @@ from unified_rl.report.truth import read_truth
 from unified_rl.runtime import (
     EXIT_OK,
     EXIT_STOPPED,
+    Progress,
     Ranks,
     StopRequest,
     enable_determinism,
     log,
-    progress,
     sample_seed,
     set_cpu_threads,
 )
@@ -219,7 +219,7 @@ def optimise(
     first = trainer.state.step if trainer.state else 0
     updater = make_updater(run, ranks, trainer, data) if steps else None
     lines = []
-    with progress(len(steps), "optimiser steps") if ranks.rank == 0 else nullcontext() as bar:
+    with Progress(len(steps), "optimiser steps") if ranks.rank == 0 else nullcontext() as bar:
         for number, groups in enumerate(steps, first):
             if stop_wanted(stop, trainer.device):
                 return None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from unified_rl.backbones.bagel.context import Context
 from unified_rl.backbones.bagel.model import BagelModel
 from unified_rl.backbones.bagel.sequence import PADDING, Segment, SpecialTokens, Text, pack
-from unified_rl.backbones.base import Categorical, TextScore, next_token, uniform_streams
+from unified_rl.backbones.base import TextScore, sampled_text
 
 
 def score_text(
@@ -67,28 +67,16 @@ def sample_text(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write behind every row of a context until the text's end or `max_new_tokens`.
 
-    Args:
-        temperature: 0 takes the likeliest token.
-        top_p: only the nucleus of that much probability is sampled from.
-
-    Returns:
-        ids int64, log_probs, entropies, mask fp32: [B, T] each; see `TextTraj`.
+    Arguments and results as for `base.sampled_text`.
     """
-    uniforms = uniform_streams(seeds, max_new_tokens, device)
     context = context.reserve(max_new_tokens)
     layout = pack([[Text([special.text_start])]], model.config, special).to(device).tiled(context.next_position)
-    running = torch.ones(len(seeds), dtype=torch.bool, device=device)
-    columns = []
-    for i in range(max_new_tokens):
+
+    def next_logits(token: torch.Tensor | None) -> torch.Tensor:
+        nonlocal context, layout
+        layout = layout if token is None else layout.following(token)
         hidden, context = model(layout, context)
-        logits = model.logits(hidden.understanding).float() / (temperature or 1.0)
-        token = next_token(logits, uniforms[:, i], temperature, top_p)
-        step = Categorical(logits)
-        log_prob, entropy = step.log_prob(token), step.entropy()
-        columns.append((token.masked_fill(~running, special.text_end), log_prob * running, entropy * running, running))
-        running = running & (token != special.text_end)
-        if not running.any():
-            break
-        layout = layout.following(token)
-    ids, log_probs, entropies, mask = (torch.stack(values, 1) for values in zip(*columns, strict=True))
-    return ids, log_probs, entropies, mask.float()
+        return model.logits(hidden.understanding)
+
+    end = special.text_end
+    return sampled_text(next_logits, seeds, max_new_tokens, temperature, top_p, end, end, device)
