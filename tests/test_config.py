@@ -27,10 +27,11 @@ from unified_rl.config_checks import CHOICES
 from unified_rl.launching import config_value
 from unified_rl.reward.answers import ANSWER_RULES
 from unified_rl.reward.fidelity import GENERATION_RULES
-from unified_rl.reward.role_rewards import PROPOSER_RULES
+from unified_rl.reward.role_rewards import PROPOSER_RULES, SOLVER_RULES
 from unified_rl.reward.self_consistency_prompts import FRAMINGS
 from unified_rl.reward.srum_prompts import WORDINGS
 from unified_rl.reward.token_entropy import ENTROPY_RULES
+from unified_rl.reward.votes import AGREEMENT_RULES
 
 RECIPE = "gvu_janus_shapes"
 
@@ -305,7 +306,7 @@ def test_three_roles_need_images_and_no_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("self_consistency.preset=evolmm", "is not one of self_consistency"),
+        ("self_consistency.preset=evolm", "is not one of self_consistency"),
         ("self_consistency.wording=short", "is not one of full, brief"),
         ("self_consistency.references=0", "must be at least 1"),
         ("self_consistency.answers=1", "a vote needs at least 2"),
@@ -331,6 +332,7 @@ def test_there_is_no_loop_without_iterations() -> None:
 
 def test_the_configuration_names_the_presets_and_wordings_that_exist() -> None:
     assert CHOICES["self_consistency.wording"] == WORDINGS
-    for rules in (ENTROPY_RULES, PROPOSER_RULES, GENERATION_RULES, ANSWER_RULES):
+    tables = (ENTROPY_RULES, AGREEMENT_RULES, PROPOSER_RULES, SOLVER_RULES, GENERATION_RULES, ANSWER_RULES)
+    for rules in tables:
         assert tuple(rules) == CHOICES["self_consistency.preset"]
     assert set(FRAMINGS) == set(WORDINGS)

@@ -116,7 +116,7 @@ class RewardConfig:
 class SelfConsistencyConfig:
     """Ask-Solve-Generate: what Proposer and Solver are asked, and how they learn; read by reward.method alone."""
 
-    preset: str = "self_consistency"  # self_consistency: the paper; self_consistency_release: the published code
+    preset: str = "self_consistency"  # the paper; self_consistency_release: its code; evolmm: the parent method
     wording: str = "full"  # of all questions; brief: for models that were taught it
     understanding: int = 3  # iterations of a cycle in which Proposer and Solver learn; 0: the Generator alone
     generation: int = 2  # iterations after them in which the Generator learns; 0: never

@@ -22,7 +22,7 @@ CHOICES = {
     "reward.srum.wording": ("full", "brief"),
     "reward.judge": ("frozen", "live"),
     "reward.domain": ("probability", "log"),
-    "self_consistency.preset": ("self_consistency", "self_consistency_release"),
+    "self_consistency.preset": ("self_consistency", "self_consistency_release", "evolmm"),
     "self_consistency.wording": ("full", "brief"),
     "self_consistency.image_term": ("embedding", "likelihood"),
     "rollout.flow.renorm": ("global", "channel", "none"),

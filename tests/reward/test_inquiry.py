@@ -61,6 +61,14 @@ def test_controls_and_presets_change_the_rules():
     assert gap == pytest.approx(AGREEMENT_RULES["self_consistency"].target_weight * (gaussians[0] - gaussians[1]))
 
 
+def test_the_parent_method_pays_a_question_by_its_vote_and_an_answer_by_its_share():
+    settings = SelfConsistencyConfig(wording="brief", preset="evolmm")
+    (reward,) = score(inquiry("a", asked(answers=SPLIT, entropies=(0.55, 0.9))), settings=settings)
+    gaussian = math.exp(-((0.6829 - 0.90) ** 2) / (2 * 0.35**2))
+    assert reward.questions[0]["reward"] == pytest.approx(gaussian, abs=5e-4)
+    assert reward.solver_rewards == [pytest.approx((4 / 7) ** 0.7)] * 4 + [pytest.approx((3 / 7) ** 0.7)] * 3
+
+
 def test_every_question_is_ranked_against_the_window_before_the_iteration():
     entries = [asked(entropies=(e, 0.0)) for e in (5.0, 6.0, 7.0)]
     together = [q["rank"] for q in score(inquiry("a", *entries))[0].questions]

@@ -38,6 +38,7 @@ class AnswerRules:
 ANSWER_RULES = {
     "self_consistency": AnswerRules(),
     "self_consistency_release": AnswerRules(False, False, False, empty_reference=0.5),
+    "evolmm": AnswerRules(),
 }
 CANONICAL_WORDS = 5  # an answer in the form that is asked for has no more
 INSIDE = 0.8  # match of an answer that is inside the other

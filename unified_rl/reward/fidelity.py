@@ -56,6 +56,7 @@ GENERATION_RULES = {
     "self_consistency_release": GenerationRules(
         diversity=0.10, answers=ANSWER_RULES["self_consistency_release"], solver_reference=False
     ),
+    "evolmm": GenerationRules(),
 }
 
 

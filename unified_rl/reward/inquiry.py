@@ -19,15 +19,24 @@ from unified_rl.reward.answers import ANSWER_RULES, AnswerRules, SolverAnswer, a
 from unified_rl.reward.fidelity import GENERATION_RULES, GenerationRules
 from unified_rl.reward.role_rewards import (
     PROPOSER_RULES,
+    SOLVER_RULES,
     ProposerRules,
     QuestionScore,
+    SolverRules,
     choose_question,
     score_question,
     solver_rewards,
 )
 from unified_rl.reward.skips import Skipped, SkipReason
 from unified_rl.reward.token_entropy import ENTROPY_RULES, EntropyRules, EntropyWindow, rank_and_push, token_entropy
-from unified_rl.reward.votes import RUNNING_TARGET, Votes, agreement_score, count_votes
+from unified_rl.reward.votes import (
+    AGREEMENT_RULES,
+    RUNNING_TARGET,
+    AgreementRules,
+    Votes,
+    agreement_score,
+    count_votes,
+)
 
 MIN_ANSWERS = 5  # readable ones of a vote, or all of fewer
 FAILURES = (SkipReason.BAD_ENTROPY.value, SkipReason.BAD_SIMILARITY.value)  # numbers that are none: something is broken
@@ -44,7 +53,9 @@ class InquiryRules:
 
     answers: AnswerRules
     entropy: EntropyRules
+    agreement: AgreementRules
     proposer: ProposerRules
+    solver: SolverRules
     generation: GenerationRules
     inside_answer: bool
     min_majority: float
@@ -59,10 +70,10 @@ def rules_of(settings: SelfConsistencyConfig) -> InquiryRules:
         GENERATION_RULES[preset], cycle=settings.cycle_weight, min_share=settings.reference_share,
         min_quality=settings.min_quality,
     )  # fmt: skip
-    inside = preset == "self_consistency"
     return InquiryRules(
-        ANSWER_RULES[preset], ENTROPY_RULES[preset], proposer, generation, inside, settings.min_majority
-    )
+        ANSWER_RULES[preset], ENTROPY_RULES[preset], AGREEMENT_RULES[preset], proposer, SOLVER_RULES[preset],
+        generation, inside_answer=preset != "self_consistency_release", min_majority=settings.min_majority,
+    )  # fmt: skip
 
 
 def min_answers(asked: int) -> int:
@@ -179,7 +190,7 @@ def _judged(read: _Read) -> bool:
 def _score(read: _Read, ranks: Iterator[float], target: float | None, rules: InquiryRules) -> QuestionScore | Skipped:
     if not _judged(read):
         return read.votes if isinstance(read.votes, Skipped) else read.entropy
-    agreement = agreement_score(read.votes, target=target)
+    agreement = agreement_score(read.votes, rules.agreement, target)
     return score_question(read.votes, read.entropy, next(ranks), agreement, read.greedy, rules.proposer)
 
 
@@ -192,7 +203,7 @@ def _reward(
     status = "failed" if failed else "ok" if scored else "skipped"
     rewards: list[float | None] = []
     if not isinstance(chosen, Skipped):
-        earned = solver_rewards(read[chosen].answers, scores[chosen].votes)
+        earned = solver_rewards(read[chosen].answers, scores[chosen].votes, rules.solver)
         rewards = [None if isinstance(r, Skipped) else r for r in earned]
     questions = zip(record.questions, read, scores, strict=True)
     return InquiryReward(

@@ -36,6 +36,7 @@ class ProposerRules:
 PROPOSER_RULES = {
     "self_consistency": ProposerRules(),
     "self_consistency_release": ProposerRules(split_votes_only=True, easy_cap=0.20, disputed_cap=0.45),
+    "evolmm": ProposerRules(entropy_weight=0.0, vote_weight=1.0),
 }
 
 
@@ -67,14 +68,13 @@ def score_question(
     agreement: float,
     greedy: str | None = None,
     rules: ProposerRules = PROPOSER_RULES["self_consistency"],
-    buckets: BucketRules | None = None,
 ) -> QuestionScore:
     """The Proposer's reward with what it was made of.
 
     Args:
         greedy: the normalised greedy answer; only the cap of a disputed question asks for it.
     """
-    bucket = bucket_of(votes, buckets)
+    bucket = bucket_of(votes)
     counted = 0.0 if rules.split_votes_only and votes.unanimous else agreement
     reward = rules.entropy_weight * rank + rules.vote_weight * counted
     disputed = greedy is not None and greedy != votes.majority and rules.disputed_cap is not None
@@ -133,6 +133,7 @@ class SolverRules:
 
 SOLVER_RULES = {
     "self_consistency": SolverRules(),
+    "self_consistency_release": SolverRules(),
     "evolmm": SolverRules(by_vote=False, form_penalty=0.0, vague_penalty=0.0),
 }
 
@@ -141,7 +142,6 @@ def solver_rewards(
     answers: Sequence[SolverAnswer | Skipped],
     votes: Votes,
     rules: SolverRules = SOLVER_RULES["self_consistency"],
-    buckets: BucketRules | None = None,
 ) -> list[float | Skipped]:
     """Reward of each of N answers; an answer that could not be read keeps its reason.
 
@@ -154,20 +154,20 @@ def solver_rewards(
     texts = tuple(a.text if isinstance(a, SolverAnswer) else None for a in answers)
     if texts != votes.answers:
         raise ValueError("the answers are not those that were counted")
-    return [a if isinstance(a, Skipped) else _reward_of(a, votes, rules, buckets or BucketRules()) for a in answers]
+    return [a if isinstance(a, Skipped) else _reward_of(a, votes, rules) for a in answers]
 
 
-def _reward_of(answer: SolverAnswer, votes: Votes, rules: SolverRules, buckets: BucketRules) -> float:
-    value = _value_of(answer.text, votes, rules, buckets) if rules.by_vote else 1.0
+def _reward_of(answer: SolverAnswer, votes: Votes, rules: SolverRules) -> float:
+    value = _value_of(answer.text, votes, rules) if rules.by_vote else 1.0
     value -= rules.form_penalty * (not answer.canonical) + rules.vague_penalty * answer.is_vague
     excess = (answer.words_before - rules.free_words) / rules.free_words
     length = 1.0 - rules.length_weight * min(max(excess, 0.0), 1.0)
     return (votes.counts[answer.text] / votes.readable) ** rules.power * length * value
 
 
-def _value_of(text: str, votes: Votes, rules: SolverRules, buckets: BucketRules) -> float:
+def _value_of(text: str, votes: Votes, rules: SolverRules) -> float:
     scale = max(rules.min_scale, informativeness(votes))
-    if votes.entropy < buckets.easy_entropy and votes.margin > rules.trivial_margin:
+    if votes.entropy < BucketRules.easy_entropy and votes.margin > rules.trivial_margin:
         return -scale if text == votes.majority else rules.minority_weight * scale
     if votes.share <= rules.unsolvable_share:
         return -rules.minority_weight * scale

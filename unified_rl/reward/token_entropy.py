@@ -47,6 +47,7 @@ class EntropyRules:
 ENTROPY_RULES = {
     "self_consistency": EntropyRules(),
     "self_consistency_release": EntropyRules(push_first=True, floor=1.0e-6),
+    "evolmm": EntropyRules(),
 }
 
 

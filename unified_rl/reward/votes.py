@@ -101,6 +101,7 @@ class AgreementRules:
 # self_consistency: the published constants. evolmm: the parent method (arXiv 2511.16672), G alone, in 0..1; a control.
 AGREEMENT_RULES = {
     "self_consistency": AgreementRules(),
+    "self_consistency_release": AgreementRules(),
     "evolmm": AgreementRules(informativeness_weight=0.0, target_weight=1.0, sigma=0.35),
 }
 

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from unified_rl.backbones.bagel.vae import NORM_GROUPS, SCALE, SHIFT, WEIGHTS, FluxVae
+from unified_rl.backbones.bagel.vae import SCALE, SHIFT, WEIGHTS, FluxVae, empty_module
 from unified_rl.shapes.train_vq import patch_codes, random_pictures, seen, to_pixels, to_uint8, true_codes
 from unified_rl.shapes.world import GRID
 
@@ -69,16 +69,7 @@ def true_latents(images: np.ndarray) -> torch.Tensor:
 def build_vae(seed: int) -> AutoencoderKL:
     """FLUX's autoencoder with these widths and random weights."""
     torch.manual_seed(seed)
-    module = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),
-        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),
-        block_out_channels=WIDTHS,
-        layers_per_block=1,
-        latent_channels=CHANNELS,
-        norm_num_groups=NORM_GROUPS,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    module = empty_module(WIDTHS, 1, CHANNELS)
     head = module.encoder.conv_out
     with torch.no_grad():
         head.weight[CHANNELS:].zero_()

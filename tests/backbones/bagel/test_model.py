@@ -97,7 +97,7 @@ def test_samples_share_the_context_of_their_prompt(model, reserved):
     """Velocities of G samples of P prompts behind one context equal passes that read each prompt anew."""
     prompts, samples = [[text(7)], [text(3, 1)]], 3
     _, _, context = read(model, prompts)
-    shared = context.repeat(samples)
+    shared = context.take(torch.arange(2).repeat_interleave(samples))
     assert shared.layers is context.layers  # nothing was copied
     layout = [[latent(2, 3, noisy=True)] for _ in range(6)]
     if reserved:
@@ -181,8 +181,9 @@ def test_gradients_reach_both_experts_and_the_prompt(fresh):
     fresh.latent_pos_embed.requires_grad_(False)
     fresh.vit_pos_embed.requires_grad_(False)
     _, _, context = read(fresh, [[picture(2, 2), text(4)]])
-    packed = pack([[latent(2, 2, noisy=True)]] * 2, fresh.config, SPECIAL, context.repeat(2).next_position)
-    fresh.velocity(packed, context.repeat(2)).pow(2).mean().backward()
+    shared = context.take([0, 0])
+    packed = pack([[latent(2, 2, noisy=True)]] * 2, fresh.config, SPECIAL, shared.next_position)
+    fresh.velocity(packed, shared).pow(2).mean().backward()
     without = {name for name, p in fresh.named_parameters() if p.requires_grad and p.grad is None}
     last = "language_model.model.layers.2."
     # The last layer's states of the prompt are read by nobody: only its keys and values count.
@@ -196,11 +197,12 @@ def test_gradients_reach_both_experts_and_the_prompt(fresh):
     assert fresh.connector.fc1.weight.grad.abs().max() > 0
 
 
-def test_detached_context_keeps_gradients_out_of_the_prompt(fresh):
+def test_a_context_read_without_gradients_keeps_them_out_of_the_prompt(fresh):
     fresh.requires_grad_(True)
-    _, _, context = read(fresh, [[picture(2, 2)]])
+    with torch.no_grad():
+        _, _, context = read(fresh, [[picture(2, 2)]])
     packed = pack([[latent(2, 2, noisy=True)]], fresh.config, SPECIAL, context.next_position)
-    fresh.velocity(packed, context.detach()).mean().backward()
+    fresh.velocity(packed, context).mean().backward()
     assert fresh.connector.fc1.weight.grad is None
     assert fresh.vae2llm.weight.grad.abs().max() > 0
 

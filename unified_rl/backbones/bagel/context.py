@@ -55,20 +55,12 @@ class Context:
         stored = rows if self.rows is None else self.rows[rows]
         return replace(self, valid=self.valid[rows], next_position=self.next_position[rows], rows=stored)
 
-    def repeat(self, times: int) -> Context:
-        """Every row `times` times, the copies of a row together; see `take`."""
-        return self.take(torch.arange(self.batch).repeat_interleave(times))
-
     def hide(self, rows: Sequence[bool]) -> Context:
         """The same, empty for the chosen rows (one bool for each): nobody sees what they read."""
         hidden = torch.tensor(list(rows))
         return replace(
             self, valid=self.valid & ~hidden[:, None], next_position=self.next_position.masked_fill(hidden, 0)
         )
-
-    def detach(self) -> Context:
-        """The same without gradients."""
-        return replace(self, layers=[(keys.detach(), values.detach()) for keys, values in self.layers])
 
     def reserve(self, columns: int) -> Context:
         """A copy with room for `columns` more, so that passes without gradients write in place.

@@ -93,7 +93,7 @@ class BagelModel(nn.Module):
     def velocity(self, packed: Packed, context: Context) -> torch.Tensor:
         """fp32 [Tg, latent width]: noise minus image, as predicted for every latent token of the pass.
 
-        A context from `Context.repeat` lets all samples of a prompt share what was read once.
+        A context from `Context.take` lets all samples of a prompt share what was read once.
         """
         hidden, _ = self(packed, context)
         return self.llm2vae(hidden.generation).float()

@@ -82,12 +82,11 @@ class FluxVae:
         return self.module.device
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, seeds: Sequence[int] | None = None) -> torch.Tensor:
-        """fp32 [B, channels, H / factor, W / factor] latents as the language model takes them.
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """fp32 [B, channels, H / factor, W / factor]: mean latents, scaled as the language model takes them.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
-            seeds: one per image to draw from the encoder's distribution, as the public code does; default: its mean.
 
         Raises:
             BackboneError: a side is no multiple of the factor.
@@ -95,13 +94,8 @@ class FluxVae:
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
             raise BackboneError(f"images of {height} x {width} pixels: sides must be multiples of {self.factor}")
-        parts = [self.module.encode(part * 2 - 1).latent_dist for part in images.to(self.device).float().split(BATCH)]
-        latents = torch.cat([part.mean for part in parts])
-        if seeds is not None:
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
-            latents = latents + torch.cat([part.std for part in parts]) * noise.to(latents.device)
-        return SCALE * (latents - SHIFT)
+        parts = (images.to(self.device).float() * 2 - 1).split(BATCH)
+        return SCALE * (torch.cat([self.module.encode(part).latent_dist.mean for part in parts]) - SHIFT)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
