@@ -16,6 +16,7 @@ TOKEN_FAMILIES = ("janus",)  # draw tokens; all others draw by a flow
 CHOICES = {
     "backbone.family": ("janus", "bagel"),
     "backbone.dtype": ("float32", "bfloat16"),
+    "backbone.device": ("auto", "cpu", "cuda"),
     "reward.method": ("gvu", "srum", "self_consistency"),
     "reward.srum.preset": ("srum", "srum_release"),
     "reward.srum.regions": ("grid", "components", "sam", "file"),

@@ -217,6 +217,7 @@ def _janus(model: str, folder: Path | None, dtype: torch.dtype) -> Network:
     from transformers import JanusConfig
 
     config = JanusConfig(**_janus_pro(*JANUS[model])) if folder is None else JanusConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False  # as when it is loaded
     with META:
         empty = JanusForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     empty.to(dtype).eval()
@@ -228,7 +229,6 @@ def _janus(model: str, folder: Path | None, dtype: torch.dtype) -> Network:
 
 def _janus_pro(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
     return {
-        "tie_word_embeddings": False,
         "text_config": {
             "model_type": "llama", "vocab_size": 102400, "hidden_size": hidden, "intermediate_size": intermediate,
             "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,

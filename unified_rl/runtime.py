@@ -110,6 +110,7 @@ def enable_determinism() -> None:
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer would be written once more
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.conftest import copy_run, open_scored_run, train_with
+from tests.train.conftest import ROOT, copy_run, open_scored_run, train_with
 from tests.train.made_inquiries import ANSWERS, IMAGES, open_inquiry_run, write_and_score
 from tests.train.test_training import distance, metrics_of
 from unified_rl.backbones.load import load_backbone
@@ -45,7 +45,13 @@ def policy_files(run: Run, iteration: int) -> dict[str, bytes]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Iteration 0 on two ranks, and on one; iteration 1 written and scored by the policy of iteration 0."""
     folder = tmp_path_factory.mktemp("roles")
-    runs = {family: open_inquiry_run(folder / family, family) for family in FAMILIES}
+    settings = json.loads((ROOT / "ds_configs/zero3_cpu.json").read_text())
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2  # a second copy of the weights; see Zero3Engine.close
+    (folder / "hpz.json").write_text(json.dumps(settings))
+    runs = {
+        "janus": open_inquiry_run(folder / "janus", "janus"),
+        "bagel": open_inquiry_run(folder / "bagel", "bagel", f"train.ds_config={folder}/hpz.json"),
+    }
     for family in FAMILIES:
         runs[f"{family}-one"] = copy_run(runs[family], folder / f"{family}-one")
     assert train_with(2, folder / "codes", *(f"{runs[f].path}:0" for f in FAMILIES)) == [EXIT_OK] * 2

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import JanusProcessor
+from transformers import JanusConfig, JanusProcessor
 from transformers.integrations import HfDeepSpeedConfig
 
 from unified_rl.backbones.base import (
@@ -110,10 +110,14 @@ class JanusBackbone(TrainedWeights):
         """
         folder = Path(path)
         check_layout(folder)
+        # transformers ties the text head to the token embeddings unless the file says otherwise, and parts them again
+        # where their values differ. It sees that of whole weights only: partitioned ones all look alike.
+        config = JanusConfig.from_pretrained(folder, local_files_only=True, tie_word_embeddings=False)
         # transformers asks for the newest HfDeepSpeedConfig through a weak reference: it must outlive the loading.
         partitioned = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
         model, loading = JanusForConditionalGeneration.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation=choose_attention(attn_implementation, torch.device(device), dtype),
             local_files_only=True,

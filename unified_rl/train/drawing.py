@@ -108,11 +108,12 @@ def different(expected: dict[str, str], found: dict[str, str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def whole_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """CPU copies of parameters by name, gathered one by one; all ranks must call it."""
+def whole_tensors(model: nn.Module, names: Sequence[str], keep: bool = True) -> dict[str, torch.Tensor]:
+    """CPU copies of parameters by name, gathered one by one; all ranks must call it, those without `keep` get none."""
     parameters = dict(model.named_parameters())
     tensors = {}
     for name in names:
         with gathered([parameters[name]]):
-            tensors[name] = parameters[name].detach().cpu().clone()
+            if keep:
+                tensors[name] = parameters[name].detach().cpu().clone()
     return tensors

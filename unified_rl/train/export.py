@@ -31,7 +31,7 @@ def export_policy(backbone: Backbone, folder: Path, scope: str, names: Sequence[
     Returns:
         SHA-256 of the weights file, empty on the other ranks.
     """
-    tensors = whole_tensors(backbone.model, names)
+    tensors = whole_tensors(backbone.model, names, keep=writes)
     if not writes:
         return ""
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -35,16 +36,14 @@ class GrpoUpdate:
     sampling: ReplaySettings
     old_log_probs: list[torch.Tensor]
     # Name of a per-sample value -> name of its mean in the metrics.
-    metrics: dict[str, str] = field(
-        default_factory=lambda: {
-            "loss": "policy/loss",
-            "ratio_mean": "ratio/mean",
-            "clip_low_fraction": "clip/low_fraction",
-            "clip_high_fraction": "clip/high_fraction",
-            "kl": "kl",
-            "entropy": "entropy",
-        }
-    )
+    metrics: ClassVar[dict[str, str]] = {
+        "loss": "policy/loss",
+        "ratio_mean": "ratio/mean",
+        "clip_low_fraction": "clip/low_fraction",
+        "clip_high_fraction": "clip/high_fraction",
+        "kl": "kl",
+        "entropy": "entropy",
+    }
 
     def __call__(self, rows: Sequence[int], number: int) -> tuple[torch.Tensor, Values]:
         """Loss [B] of the samples `rows` in optimiser step `number`, and detached per-sample values [B]."""
@@ -87,17 +86,15 @@ class RewardWeightedUpdate:
     data: IterationData
     config: RunConfig
     device: torch.device
-    metrics: dict[str, str] = field(
-        default_factory=lambda: {
-            "loss": "policy/loss",
-            "reward_loss": "weighted/reward_loss",
-            "reference_loss": "weighted/reference_loss",
-            "weight_mean": "weighted/weight_mean",
-            "weight_min": "weighted/weight_min",
-            "weight_max": "weighted/weight_max",
-            "negative_fraction": "weighted/negative_fraction",
-        }
-    )
+    metrics: ClassVar[dict[str, str]] = {
+        "loss": "policy/loss",
+        "reward_loss": "weighted/reward_loss",
+        "reference_loss": "weighted/reference_loss",
+        "weight_mean": "weighted/weight_mean",
+        "weight_min": "weighted/weight_min",
+        "weight_max": "weighted/weight_max",
+        "negative_fraction": "weighted/negative_fraction",
+    }
 
     def __call__(self, rows: Sequence[int], number: int) -> tuple[torch.Tensor, Values]:
         """As for `GrpoUpdate`; noise and time of a sample change with every optimiser step."""

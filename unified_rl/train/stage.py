@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +218,7 @@ def optimise(
     if not steps and ranks.rank == 0:
         log(f"iteration {iteration}{role and ', '}{role}: nothing to learn from groups of {data.counts}")
     first = trainer.state.step if trainer.state else 0
-    updater = make_updater(run, ranks, trainer, data) if steps else None
+    updater = make_updater(run, ranks, trainer, data, steps) if steps else None
     lines = []
     with Progress(len(steps), "optimiser steps") if ranks.rank == 0 else nullcontext() as bar:
         for number, groups in enumerate(steps, first):
@@ -265,13 +266,15 @@ def store_metrics(run: Run, iteration: int, role: str, lines: list[dict]) -> Non
     atomic_write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def make_updater(run: Run, ranks: Ranks, trainer: Trainer, data: IterationData | TextData) -> Updater:
-    """The updater of the role, for images of the configured kind."""
+def make_updater(
+    run: Run, ranks: Ranks, trainer: Trainer, data: IterationData | TextData, steps: Sequence[Sequence[int]]
+) -> Updater:
+    """The updater of the role for `steps`, the groups of each, for images of the configured kind."""
     config, engine, device, role = run.config, trainer.engine, trainer.device, trainer.role
     if role in TEXT_ROLES:
         state = RoleState.of(config, trainer.state.state if trainer.state else None, data.reward_mean or 0.0)
         texts = (ProposerUpdate if role == "proposer" else SolverUpdate)(engine, data, config, device, state)
-        texts.old_log_probs = old_log_probs(config, data, lambda rows: texts.replay(rows)[1], ranks, device)
+        texts.old_log_probs = old_log_probs(config, data, steps, lambda rows: texts.replay(rows)[1], ranks, device)
         return Updater(texts, ranks, role)
     if config.policy.objective == "reward_weighted":
         return Updater(RewardWeightedUpdate(engine, data, config, device), ranks, role)
@@ -281,7 +284,7 @@ def make_updater(run: Run, ranks: Ranks, trainer: Trainer, data: IterationData |
         samples = [data.samples[i] for i in rows]
         return engine("decisions", *inputs_of(samples, device), sampling, None, plans_of(samples), None)[0]
 
-    old = old_log_probs(config, data, replay, ranks, device)
+    old = old_log_probs(config, data, steps, replay, ranks, device)
     return Updater(GrpoUpdate(engine, data, config, device, sampling, old), ranks, role)
 
 

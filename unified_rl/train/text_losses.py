@@ -69,17 +69,9 @@ class TextUpdate:
     device: torch.device
     state: RoleState
     old_log_probs: list[torch.Tensor] = field(default_factory=list)
-    metrics: dict[str, str] = field(init=False)
+    role: ClassVar[str]
     # Name of a per-sample value -> name of its mean in the metrics.
-    names: ClassVar[dict[str, str]]
-
-    def __post_init__(self) -> None:
-        self.metrics = {"loss": "loss", "kl": "kl", "entropy": "entropy", "log_prob": "log_prob", **self.names}
-
-    @property
-    def temperature(self) -> float:
-        """At which the role's texts were sampled."""
-        raise NotImplementedError
+    metrics: ClassVar[dict[str, str]] = {name: name for name in ("loss", "kl", "entropy", "log_prob")}
 
     def replay(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mask, log-probs, divergence from the base model and entropies of the texts `rows`: fp32 [B, T] each."""
@@ -87,7 +79,8 @@ class TextUpdate:
         ids = padded([s.ids for s in samples], self.device)
         mask = padded([torch.ones(len(s.ids)) for s in samples], self.device)
         images, questions = [s.image for s in samples], [s.question for s in samples]
-        return mask, *self.engine(images, questions, ids, mask, self.temperature)
+        temperature = getattr(self.config.self_consistency, f"{self.role}_temperature")
+        return mask, *self.engine(images, questions, ids, mask, temperature)
 
     def __call__(self, rows: Sequence[int], number: int) -> tuple[torch.Tensor, Values]:
         """Loss [B] of the texts `rows`, and detached per-sample values [B]; `number` is not needed."""
@@ -116,16 +109,12 @@ class TextUpdate:
 class ProposerUpdate(TextUpdate):
     """Clipped policy gradient on replies that are compared with the others about the same image."""
 
-    names = {
+    role = "proposer"
+    metrics = TextUpdate.metrics | {
         "ratio_mean": "ratio/mean",
         "clip_low_fraction": "clip/low_fraction",
         "clip_high_fraction": "clip/high_fraction",
     }
-
-    @property
-    def temperature(self) -> float:
-        """Of the Proposer."""
-        return self.config.self_consistency.proposer_temperature
 
     def loss(
         self, rows: Sequence[int], log_probs: torch.Tensor, old: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor
@@ -141,12 +130,8 @@ class ProposerUpdate(TextUpdate):
 class SolverUpdate(TextUpdate):
     """REINFORCE on answers, their rewards taken above a running mean of earlier steps."""
 
-    names = {"policy_loss": "policy_loss"}
-
-    @property
-    def temperature(self) -> float:
-        """Of the Solver."""
-        return self.config.self_consistency.solver_temperature
+    role = "solver"
+    metrics = TextUpdate.metrics | {"policy_loss": "policy_loss"}
 
     def loss(
         self, rows: Sequence[int], log_probs: torch.Tensor, old: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor

@@ -134,28 +134,34 @@ class Updater:
 def old_log_probs(
     config: RunConfig,
     data: IterationData | TextData,
+    steps: Sequence[Sequence[int]],
     replay: Callable[[list[int]], torch.Tensor],
     ranks: Ranks,
     device: torch.device,
 ) -> list[torch.Tensor]:
     """Log-probs [S] of every sample under the policy that made it, where `train.old_log_probs` wants them from.
 
-    `recomputed` are those under the engine's weights; groups without signal keep those of the rollout.
+    `recomputed` are those under the engine's weights, in the very micro-batches of the first pass of training, so that
+    not even half precision tells the two apart; groups without signal keep those of the rollout.
 
     Args:
+        steps: groups of each optimiser step.
         replay: log-probs [B, S] of samples by a forward of all ranks, S that of the longest one.
     """
-    live = [i for group in data.groups for i in group]
     old = [s.old_log_probs for s in data.samples]
-    if config.train.old_log_probs == "rollout" or not live:
+    if config.train.old_log_probs == "rollout" or not steps:
         return old
+    live = [i for group in data.groups for i in group]
     row = {sample: n for n, sample in enumerate(live)}
+    first_pass = steps[: len(steps) * len(data.groups) // sum(map(len, steps))]
     table = torch.zeros(len(live), max(len(old[i]) for i in live), device=device)
     with torch.no_grad():
-        for micro in micro_batches(live, ranks.rank, ranks.world_size, config.train.micro_batch):
-            for i, weight, values in zip(micro.samples, micro.weights, replay(micro.samples), strict=True):
-                if weight:
-                    table[row[i], : len(old[i])] = values[: len(old[i])]
+        for groups in first_pass:
+            batch = [sample for group in groups for sample in data.groups[group]]
+            for micro in micro_batches(batch, ranks.rank, ranks.world_size, config.train.micro_batch):
+                for i, weight, values in zip(micro.samples, micro.weights, replay(micro.samples), strict=True):
+                    if weight:
+                        table[row[i], : len(old[i])] = values[: len(old[i])]
     table = zero3.reduced_sum(table).cpu()
     for sample, n in row.items():
         old[sample] = table[n, : len(old[sample])]

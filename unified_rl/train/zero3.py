@@ -292,7 +292,10 @@ class Zero3Engine:
 
     def close(self) -> None:
         """Take the engine's hooks off, so that the module can be dropped; nothing may be called any more."""
+        from deepspeed.utils import groups
+
         self.engine.destroy()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: DeepSpeed refuses to load another model while it is set
 
 
 @contextmanager
