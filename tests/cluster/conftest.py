@@ -62,10 +62,10 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
 
-    def call(self, *command: str) -> str:
-        """Output of a command of SLURM."""
+    def call(self, *command: str, unless: str | None = None) -> str:
+        """Output of a command of SLURM, which may only fail with the error `unless`."""
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == 0 or (unless and unless in result.stderr), result.stderr
         return result.stdout
 
     def job(self, identifier: str) -> dict[str, str]:
@@ -84,7 +84,9 @@ class Cluster:
             if (fields["JobState"], fields["Reason"]) != ("PENDING", "BeginTime"):  # two minutes after a requeue
                 released = time.monotonic() + RESTART_SECONDS
             elif time.monotonic() > released:
-                self.call("scontrol", "update", f"JobId={identifier}", "StartTime=now")
+                # SLURM may have started it in the meantime.
+                update = ("scontrol", "update", f"JobId={identifier}", "StartTime=now")
+                self.call(*update, unless="Job is no longer pending execution")
             return fields["JobState"] in states
 
         wait_for(reached, seconds, lambda: f"{fields}\n{self.logs()}")
