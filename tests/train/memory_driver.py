@@ -47,8 +47,8 @@ def measure(path: str) -> int:
     earlier = storages()  # engines of earlier runs, which DeepSpeed does not let go
     data = load_iteration(run, 0)
     trainer = stage.start(run, "", -1, ranks)
-    updater = stage.make_updater(run, ranks, trainer, data)
     groups = list(range(run.config.train.groups_per_step))
+    updater = stage.make_updater(run, ranks, trainer, data, [groups])
     updater.step(groups, 0, check_ratio=True)
     before = sum(storage.nbytes() for key, storage in storages().items() if key not in earlier)
     return before + most_during(lambda: updater.step(groups, 1, check_ratio=False))
