@@ -52,7 +52,7 @@ def build_random_janus(
     model.generation_config = generation_config(tokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    # A converted checkpoint does not say it, and transformers' default is to tie.
+    # A checkpoint may leave it out, and transformers' default is to tie.
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("tie_word_embeddings") is False
     (folder / "config.json").write_text(json.dumps(config))

@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,7 @@ class Updater:
             TrainError: weights and samples do not match, or the loss or gradient is not finite.
         """
         started = time.perf_counter()
-        batch = [sample for group in groups for sample in self.data.groups[group]]
+        batch = samples_of(self.data, groups)
         sums, worst, worst_sample = self._accumulate(batch, number)
         metrics = dict(zip(self.loss.metrics.values(), (sums / len(batch)).tolist(), strict=True))
         if not isinstance(self.loss, RewardWeightedUpdate):
@@ -131,6 +131,11 @@ class Updater:
         return metrics
 
 
+def samples_of(data: IterationData | TextData, groups: Iterable[int]) -> list[int]:
+    """Positions in `data.samples` of the samples of whole groups, group after group."""
+    return [sample for group in groups for sample in data.groups[group]]
+
+
 def old_log_probs(
     config: RunConfig,
     data: IterationData | TextData,
@@ -151,13 +156,14 @@ def old_log_probs(
     old = [s.old_log_probs for s in data.samples]
     if config.train.old_log_probs == "rollout" or not steps:
         return old
-    live = [i for group in data.groups for i in group]
+    live = samples_of(data, range(len(data.groups)))
     row = {sample: n for n, sample in enumerate(live)}
-    first_pass = steps[: len(steps) * len(data.groups) // sum(map(len, steps))]
+    passes = sum(map(len, steps)) // len(data.groups)  # each trains every group once
+    first_pass = steps[: len(steps) // passes]
     table = torch.zeros(len(live), max(len(old[i]) for i in live), device=device)
     with torch.no_grad():
         for groups in first_pass:
-            batch = [sample for group in groups for sample in data.groups[group]]
+            batch = samples_of(data, groups)
             for micro in micro_batches(batch, ranks.rank, ranks.world_size, config.train.micro_batch):
                 for i, weight, values in zip(micro.samples, micro.weights, replay(micro.samples), strict=True):
                     if weight:
