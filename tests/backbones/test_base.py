@@ -26,6 +26,18 @@ def test_categorical_on_hand_computed_numbers():
     skewed, flat = Categorical(torch.tensor([[[math.log(3.0), 0.0]]])), Categorical(torch.zeros(1, 1, 2))
     assert skewed.kl(flat).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
     assert flat.kl(skewed).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-6)
+    policy, reference = (Categorical(torch.tensor([[p]]).log()) for p in ([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))
+    assert policy.kl(reference).item() == pytest.approx(0.25 * math.log(2.0))  # .5 ln 2 + 0 + .25 ln .5
+    assert Categorical(policy.logits + 3.0).kl(policy).item() == pytest.approx(0.0, abs=1e-7)  # not normalised
+
+
+def test_impossible_tokens_add_nothing_to_the_divergence():
+    logits = torch.tensor([[[0.0, 0.0, -math.inf]]], requires_grad=True)
+    value = Categorical(logits).kl(Categorical(torch.tensor([[[0.0, 1.0, -math.inf]]])))
+    # ln(1/2) - mean of ln(softmax(0, 1))
+    assert value.item() == pytest.approx(math.log(1 + math.e) - math.log(2) - 0.5, rel=1e-5)
+    value.sum().backward()
+    assert logits.grad.isfinite().all()
 
 
 def test_categorical_is_fp32_whatever_the_logits():

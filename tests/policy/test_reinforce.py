@@ -5,7 +5,7 @@ import torch
 
 from unified_rl.backbones.base import Categorical
 from unified_rl.policy.controllers import RunningMean
-from unified_rl.policy.reinforce import exact_kl, reinforce_loss
+from unified_rl.policy.reinforce import reinforce_loss
 
 
 def test_loss_and_gradient_by_hand():
@@ -59,28 +59,6 @@ def test_shapes_that_differ_and_advantages_that_are_no_numbers_are_refused():
         reinforce_loss(two, torch.tensor([math.nan]), two, two, 0.0)
 
 
-def test_exact_divergence_by_hand():
-    policy = torch.tensor([[[0.5, 0.25, 0.25]]]).log()
-    reference = torch.tensor([[[0.25, 0.25, 0.5]]]).log()
-    # .5 ln 2 + 0 + .25 ln .5
-    assert exact_kl(policy, reference).item() == pytest.approx(0.25 * math.log(2.0))
-    assert exact_kl(policy + 3.0, policy).item() == pytest.approx(0.0, abs=1e-7)  # logits are not normalised
-
-
-def test_exact_divergence_is_that_of_the_step_distribution():
-    first, second = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
-    torch.testing.assert_close(exact_kl(first, second), Categorical(first).kl(Categorical(second)))
-
-
-def test_impossible_tokens_add_nothing():
-    logits = torch.tensor([[[0.0, 0.0, -math.inf]]], requires_grad=True)
-    value = exact_kl(logits, torch.tensor([[[0.0, 1.0, -math.inf]]]))
-    # ln(1/2) - mean of ln(softmax(0, 1))
-    assert value.item() == pytest.approx(math.log(1 + math.e) - math.log(2) - 0.5, rel=1e-5)
-    value.sum().backward()
-    assert logits.grad.isfinite().all()
-
-
 def test_it_learns_to_give_the_rewarded_answer():
     """Of four answers the third is rewarded: its probability rises, and the penalty holds it back."""
 
@@ -91,7 +69,7 @@ def test_it_learns_to_give_the_rewarded_answer():
             answers = torch.multinomial(logits.detach().softmax(-1), 8, replacement=True, generator=generator)
             rewards = (answers == 2).float()
             log_probs = logits.log_softmax(-1)[answers][:, None]
-            kl = exact_kl(logits.expand(8, 1, 4), torch.zeros(8, 1, 4))
+            kl = Categorical(logits.expand(8, 1, 4)).kl(Categorical(torch.zeros(8, 1, 4)))
             loss, _ = reinforce_loss(log_probs, rewards - baseline.value, torch.ones(8, 1), kl, coefficient)
             optimizer.zero_grad()
             loss.mean().backward()

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from unified_rl.backbones.bagel.backbone import BagelBackbone
+from unified_rl.backbones.base import Categorical
 from unified_rl.backbones.janus import JanusBackbone
-from unified_rl.policy.reinforce import exact_kl
 from unified_rl.train.reading import ReadingPath
 
 IMAGES = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8) for i in range(2)]
@@ -45,7 +45,8 @@ def test_sampled_texts_are_replayed_and_compared_with_the_base_model(family, fol
     torch.testing.assert_close(log_probs[inside], drawn.log_probs[inside], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(entropy[inside], drawn.entropies[inside], atol=1e-4, rtol=1e-4)
     base = {"janus": JanusBackbone, "bagel": BagelBackbone}[family].from_pretrained(folder)
-    expected = exact_kl(backbone.answer_logits(*inputs) / TEMPERATURE, base.answer_logits(*inputs) / TEMPERATURE)
+    ours, theirs = (Categorical(of.answer_logits(*inputs) / TEMPERATURE) for of in (backbone, base))
+    expected = ours.kl(theirs)
     torch.testing.assert_close(kl[inside], expected[inside], atol=1e-5, rtol=1e-4)
     assert kl[inside].min() > 1e-4 and log_probs.requires_grad and kl.requires_grad and not entropy.requires_grad
 

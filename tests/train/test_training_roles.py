@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from tests.train.conftest import ROOT, copy_run, open_scored_run, train_with
 from tests.train.made_inquiries import ANSWERS, IMAGES, open_inquiry_run, write_and_score
 from tests.train.test_training import distance, metrics_of
+from unified_rl.backbones.base import Categorical
 from unified_rl.backbones.load import load_backbone
 from unified_rl.config import ConfigError, to_yaml
 from unified_rl.ledger import Run
 from unified_rl.policy.advantage import group_advantages
 from unified_rl.policy.grpo import grpo_loss
-from unified_rl.policy.reinforce import exact_kl, reinforce_loss
+from unified_rl.policy.reinforce import reinforce_loss
 from unified_rl.records import RewardRecord, RolloutRecord
 from unified_rl.runtime import EXIT_OK, EXIT_STOPPED, sample_seed
 from unified_rl.shards import read_records, write_records
@@ -133,7 +134,7 @@ def replayed(run, role, samples):
     with torch.no_grad(), backbone.role(None):
         reference = backbone.answer_logits(*inputs) / temperature
     log_probs = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    return backbone, mask, log_probs, exact_kl(logits, reference)
+    return backbone, mask, log_probs, Categorical(logits).kl(Categorical(reference))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -284,8 +284,10 @@ class Categorical:
         return _ChosenLogProbs.apply(self.logits, actions, self.log_sums)
 
     def kl(self, other: Categorical) -> torch.Tensor:
-        """fp32 [B, S]: KL(self || other), summed over all V tokens."""
-        return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum(-1)
+        """fp32 [B, S]: KL(self || other), summed over all V tokens, nats."""
+        # A token of probability zero under both would give inf - inf.
+        gap = (self.log_probs - other.log_probs).masked_fill(self.log_probs == -torch.inf, 0.0)
+        return (self.log_probs.exp() * gap).sum(-1)
 
     def reference(self, taken: torch.Tensor) -> torch.Tensor:
         """What `kl_to` needs to know of these distributions when they are the base model's: fp32 [B, S]."""

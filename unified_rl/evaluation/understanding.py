@@ -11,7 +11,7 @@ from unified_rl.reward.answers import normalise
 from unified_rl.reward.inquiry import rules_of
 from unified_rl.reward.solver import framed_replies
 from unified_rl.runtime import sample_seed
-from unified_rl.shapes.prompts import caption_pairs
+from unified_rl.shapes.measure import answer_family, rank_captions
 from unified_rl.shapes.questions import FAMILIES, make_questions
 from unified_rl.shapes.world import render
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 GREEDY, FRAMED = "question_answering", "framed_answering"
 CAPTIONS_PER_QUESTION = 3  # caption pairs for each question of a family
-ANSWER_TOKENS = 4
 QUESTION_SEED = 20_000  # scenes and questions of evaluation; the same for all runs, so that runs can be compared
 
 
@@ -35,45 +34,12 @@ def answer(backbone: Backbone, name: str, config: RunConfig) -> list[float]:
     count = config.evaluate.questions
     with torch.inference_mode():
         if name == "caption_ranking":
-            return rank_captions(
-                backbone, CAPTIONS_PER_QUESTION * count, config.reward.question, config.reward.batch_size
-            )
+            pairs = CAPTIONS_PER_QUESTION * count
+            return rank_captions(backbone, QUESTION_SEED, pairs, config.reward.question, config.reward.batch_size)
         kind, _, family = name.partition("/")
         if kind == FRAMED:
             return answer_framings(backbone, family, config)
-        return answer_family(backbone, family, count, config.reward.batch_size)
-
-
-def rank_captions(backbone: Backbone, pairs: int, question: str, batch: int) -> list[bool]:
-    """Whether the true caption of a scene has a higher mean token log-likelihood than one with a wrong word."""
-    outcomes: list[bool] = []
-    made = caption_pairs(QUESTION_SEED, pairs)
-    for start in range(0, pairs, batch):
-        part = made[start : start + batch]
-        images = [render(scene) for scene, *_ in part]
-        true = mean_log_likelihood(backbone, images, question, [p[1] for p in part])
-        wrong = mean_log_likelihood(backbone, images, question, [p[2] for p in part])
-        outcomes += (true > wrong).tolist()
-    return outcomes
-
-
-def mean_log_likelihood(backbone: Backbone, images: list, question: str, captions: list[str]) -> torch.Tensor:
-    """fp64 [B] mean log-likelihood of the captions' tokens."""
-    score = backbone.text_logps(images, [question] * len(images), captions)
-    mask = score.mask.double()
-    return ((score.log_probs.double() * mask).sum(1) / mask.sum(1)).cpu()
-
-
-def answer_family(backbone: Backbone, family: str, count: int, batch: int) -> list[bool]:
-    """Whether the greedy answer equals the true one, for `count` questions of a family."""
-    outcomes: list[bool] = []
-    questions = [q for q in make_questions(QUESTION_SEED, count) if q.family == family]
-    for start in range(0, len(questions), batch):
-        part = questions[start : start + batch]
-        images = [render(q.scene) for q in part]
-        texts = backbone.rollout_text(images, [q.question for q in part], [0] * len(part), ANSWER_TOKENS, 0.0).texts
-        outcomes += [text.strip().lower() == q.answer for q, text in zip(part, texts, strict=True)]
-    return outcomes
+        return answer_family(backbone, QUESTION_SEED, family, count, config.reward.batch_size)
 
 
 def answer_framings(backbone: Backbone, family: str, config: RunConfig) -> list[float]:

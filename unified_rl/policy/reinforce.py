@@ -22,7 +22,7 @@ def reinforce_loss(
         advantages: [B], reward minus baseline; finite.
         mask: [B, T], 1 at tokens that the policy chose (end of turn included), 0 at padding, whose values do not
             matter, not even NaN.
-        kl: [B, T] divergence from the reference at each token, see `exact_kl`; carries its gradient.
+        kl: [B, T] divergence from the reference at each token, see `Categorical.kl`; carries its gradient.
         kl_coefficient: beta, as `KlController` holds it.
 
     Returns:
@@ -49,16 +49,3 @@ def reinforce_loss(
     policy_loss = -advantages.to(log_prob) * log_prob
     metrics = {"policy_loss": policy_loss, "log_prob": log_prob, "kl": divergence}
     return policy_loss + kl_coefficient * divergence, {name: value.detach() for name, value in metrics.items()}
-
-
-def exact_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
-    """fp32 [B, T]: KL(policy || reference) summed over the whole vocabulary, nats.
-
-    Args:
-        logits: [B, T, V] of the policy, in its sampling temperature; carries the gradient.
-        reference_logits: [B, T, V] of the frozen base at the same places.
-    """
-    log_probs = logits.float().log_softmax(-1)
-    # A token of probability zero under both would give inf - inf.
-    gap = (log_probs - reference_logits.float().log_softmax(-1)).masked_fill(log_probs == -torch.inf, 0.0)
-    return (log_probs.exp() * gap).sum(-1)

@@ -21,6 +21,7 @@ from unified_rl.shapes.vocabulary import DESCRIBE
 from unified_rl.shapes.world import detect, is_correct, render, satisfies
 
 BATCH = 64
+ANSWER_TOKENS = 4
 
 
 def _mean(values: list) -> float:
@@ -28,32 +29,33 @@ def _mean(values: list) -> float:
 
 
 @torch.no_grad()
-def caption_ranking(backbone: Backbone, seed: int, pairs: int) -> float:
-    """Share of scenes whose true caption is likelier (mean token log-likelihood) than one with a wrong word."""
-    wins = []
+def rank_captions(
+    backbone: Backbone, seed: int, pairs: int, question: str = DESCRIBE, batch: int = BATCH
+) -> list[bool]:
+    """Whether the true caption of a scene has a higher mean token log-likelihood than one with a wrong word."""
+    outcomes: list[bool] = []
     made = caption_pairs(seed, pairs)
-    for start in range(0, pairs, BATCH):
-        part = made[start : start + BATCH]
+    for start in range(0, pairs, batch):
+        part = made[start : start + batch]
         images = [render(scene) for scene, *_ in part]
         true, wrong = (
-            backbone.text_logps(images, [DESCRIBE] * len(part), [p[i] for p in part]).mean_log_prob() for i in (1, 2)
+            backbone.text_logps(images, [question] * len(part), [p[i] for p in part]).mean_log_prob() for i in (1, 2)
         )
-        wins += (true > wrong).tolist()
-    return _mean(wins)
+        outcomes += (true > wrong).tolist()
+    return outcomes
 
 
 @torch.no_grad()
-def question_answering(backbone: Backbone, seed: int, per_family: int) -> dict[str, float]:
-    """Share of greedy answers that equal the true one, by family."""
-    right = defaultdict(list)
-    questions = make_questions(seed, per_family)
-    for start in range(0, len(questions), BATCH):
-        part = questions[start : start + BATCH]
+def answer_family(backbone: Backbone, seed: int, family: str, count: int, batch: int = BATCH) -> list[bool]:
+    """Whether the greedy answer equals the true one, for `count` questions of a family."""
+    outcomes: list[bool] = []
+    questions = [q for q in make_questions(seed, count) if q.family == family]
+    for start in range(0, len(questions), batch):
+        part = questions[start : start + batch]
         images = [render(q.scene) for q in part]
-        texts = backbone.rollout_text(images, [q.question for q in part], [0] * len(part), 4, 0.0).texts
-        for q, text in zip(part, texts, strict=True):
-            right[q.family].append(text.strip().lower() == q.answer)
-    return {family: _mean(right[family]) for family in FAMILIES}
+        texts = backbone.rollout_text(images, [q.question for q in part], [0] * len(part), ANSWER_TOKENS, 0.0).texts
+        outcomes += [text.strip().lower() == q.answer for q, text in zip(part, texts, strict=True)]
+    return outcomes
 
 
 @torch.no_grad()
@@ -147,11 +149,11 @@ def abilities(
 ) -> dict[str, float]:
     """Drawing, captions and questions as one dictionary of accuracies in 0..1."""
     drawn = drawing(backbone, samples, sampling)
-    answered = question_answering(backbone, 7, questions)
+    answered = {family: _mean(answer_family(backbone, 7, family, questions)) for family in FAMILIES}
     return {
         "overall": _mean(list(drawn.values())),
         **drawn,
-        "caption_ranking": caption_ranking(backbone, 7, captions),
+        "caption_ranking": _mean(rank_captions(backbone, 7, captions)),
         "question_answering": _mean(list(answered.values())),
         **{f"question_answering/{family}": value for family, value in answered.items()},
     }

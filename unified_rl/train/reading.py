@@ -10,7 +10,6 @@ from torch import nn
 
 from unified_rl.backbones.base import Categorical
 from unified_rl.backbones.load import Backbone
-from unified_rl.policy.reinforce import exact_kl
 from unified_rl.train.drawing import drawing_modules
 
 
@@ -45,9 +44,8 @@ class ReadingPath(nn.Module):
         """
         with torch.no_grad(), self.role(None):
             reference = self.answer_logits(images, questions, ids, mask) / temperature
-        logits = self.answer_logits(images, questions, ids, mask) / temperature
-        distribution = Categorical(logits)
-        log_probs, kl = distribution.log_prob(ids), exact_kl(logits, reference)
+        distribution = Categorical(self.answer_logits(images, questions, ids, mask) / temperature)
+        log_probs, kl = distribution.log_prob(ids), distribution.kl(Categorical(reference))
         with torch.no_grad():
             entropy = distribution.entropy()
         return log_probs, kl, entropy
