@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -123,11 +124,12 @@ class SelfConsistencyConfig:
     imageless: bool = False  # asked about are images that the Generator draws of data.prompts, not data.images
     questions: int = 3  # K that the Proposer writes on an image
     answers: int = 7  # N to a question, which vote; in its seven framings in turn
-    token_entropy: bool = True  # false, a control: a question earns its agreement score alone
+    token_entropy: bool = True  # false, a control: questions earn their agreement score alone, and no limit holds
     running_target: bool = False  # the vote entropy that is wanted follows those of the past, instead of .90
     train_proposer: bool = True  # false, a control: the Proposer stays as it is
     hard_share: float = 0.3  # of images asked about with difficulty hard; medium the rest
     min_majority: float = 0.0  # of the vote, that a question must have for the Solver to learn from it
+    max_token_entropy: float = math.inf  # nats, of the greedy answer to a question that the Solver learns from
     references: int = 7  # answers to a check question on the real image, whose majority is the reference
     reference_share: float = 0.6  # of the vote that a reference must have
     pairs: int = 3  # check questions of a drawing task

@@ -62,6 +62,9 @@ AT_LEAST = {
     "self_consistency.understanding": 0,
     "self_consistency.generation": 0,
     "self_consistency.questions": 2,
+    "self_consistency.answers": 1,
+    "self_consistency.references": 1,
+    "self_consistency.fidelity_samples": 1,
     "self_consistency.pairs": 1,
     "self_consistency.min_pairs": 1,
     "self_consistency.task_retries": 0,
@@ -101,7 +104,6 @@ SHARES = (
     "self_consistency.min_majority",
     "self_consistency.cycle_weight",
 )
-ANSWER_COUNTS = ("self_consistency.answers", "self_consistency.references", "self_consistency.fidelity_samples")
 
 
 def check_config(config: DictConfig) -> None:
@@ -126,9 +128,9 @@ def check_config(config: DictConfig) -> None:
     for key in SHARES:
         if not 0 <= OmegaConf.select(config, key) <= 1:
             raise ConfigError(f"{key}={OmegaConf.select(config, key)} must lie in 0..1")
-    for key in ANSWER_COUNTS:
-        if OmegaConf.select(config, key) < 1:
-            raise ConfigError(f"{key}={OmegaConf.select(config, key)} must be at least 1")
+    limit = config.self_consistency.max_token_entropy
+    if not limit > 0:
+        raise ConfigError(f"self_consistency.max_token_entropy={limit} must be above 0; .inf for no limit")
     if not 0 < config.self_consistency.solver_top_p <= 1:
         raise ConfigError(f"self_consistency.solver_top_p={config.self_consistency.solver_top_p} must lie in 0..1")
     if config.policy.clip_low >= 1:

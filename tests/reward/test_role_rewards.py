@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from unified_rl.reward.answers import SolverAnswer
@@ -63,6 +65,18 @@ def test_the_solver_may_leave_divided_votes_alone():
     assert choose_question(scores, 0.7) == 2
     assert choose_question(scores, 0.75).reason is SkipReason.TOO_DIVIDED
     assert choose_question(scores[:1], 0.7).reason is SkipReason.TOO_EASY
+
+
+def test_the_solver_may_leave_alone_what_its_plain_answer_does_not_know():
+    scores = [
+        replace(question(answers, reward), token_entropy=entropy)
+        for answers, reward, entropy in (("aaaabbb", 0.9, 0.7), ("aaaabbb", 0.3, 0.3), ("aaaaabb", 0.2, 0.1))
+    ]
+    assert choose_question(scores) == choose_question(scores, 0.0, 0.7) == 0
+    assert choose_question(scores, 0.0, 0.3) == 1
+    assert choose_question(scores, 0.7, 0.3) == choose_question(scores, 0.0, 0.2) == 2
+    assert choose_question(scores, 0.0, 0.05).reason is SkipReason.TOO_UNSURE
+    assert choose_question(scores, 0.75, 0.3).reason is SkipReason.TOO_DIVIDED
 
 
 def test_the_majority_is_paid_and_others_pay():

@@ -49,6 +49,7 @@ class InquiryRules:
     Attributes:
         inside_answer: token entropy counts the tokens of the answer, otherwise those of the reply.
         min_majority: of the vote on a question that the Solver learns from.
+        max_entropy: nats, token entropy of its greedy answer.
     """
 
     answers: AnswerRules
@@ -59,6 +60,7 @@ class InquiryRules:
     generation: GenerationRules
     inside_answer: bool
     min_majority: float
+    max_entropy: float
 
 
 def rules_of(settings: SelfConsistencyConfig) -> InquiryRules:
@@ -73,6 +75,7 @@ def rules_of(settings: SelfConsistencyConfig) -> InquiryRules:
     return InquiryRules(
         ANSWER_RULES[preset], ENTROPY_RULES[preset], AGREEMENT_RULES[preset], proposer, SOLVER_RULES[preset],
         generation, inside_answer=preset != "self_consistency_release", min_majority=settings.min_majority,
+        max_entropy=settings.max_token_entropy if settings.token_entropy else math.inf,
     )  # fmt: skip
 
 
@@ -197,7 +200,7 @@ def _score(read: _Read, ranks: Iterator[float], target: float | None, rules: Inq
 def _reward(
     record: InquiryRecord, read: list[_Read], scores: list[QuestionScore | Skipped], rules: InquiryRules
 ) -> InquiryReward:
-    chosen = choose_question(scores, rules.min_majority)
+    chosen = choose_question(scores, rules.min_majority, rules.max_entropy)
     failed = next((s for s in scores if isinstance(s, Skipped) and s.reason.value in FAILURES), None)
     scored = any(isinstance(s, QuestionScore) for s in scores)
     status = "failed" if failed else "ok" if scored else "skipped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,18 +85,24 @@ def score_question(
     return QuestionScore(votes, token_entropy, rank, agreement, bucket, min(max(reward, -1.0), 1.0))
 
 
-def choose_question(scores: Sequence[QuestionScore | Skipped], min_majority: float = 0.0) -> int | Skipped:
+def choose_question(
+    scores: Sequence[QuestionScore | Skipped], min_majority: float = 0.0, max_entropy: float = math.inf
+) -> int | Skipped:
     """Which of an image's questions the Solver learns from: of best reward among those that are not easy.
 
-    Of equal ones the first. Skipped where every question is easy, too divided or has no score.
+    Of equal ones the first. Skipped where every question is easy, too divided, too unsure or has no score.
 
     Args:
         min_majority: share of the vote that the majority must have.
+        max_entropy: nats, token entropy of the greedy answer. A split vote then is one of wording, not of knowledge.
     """
     divided = [i for i, s in enumerate(scores) if isinstance(s, QuestionScore) and s.bucket != "easy"]
-    useful = [i for i in divided if scores[i].votes.share >= min_majority]
+    united = [i for i in divided if scores[i].votes.share >= min_majority]
+    useful = [i for i in united if scores[i].token_entropy <= max_entropy]
     if useful:
         return max(useful, key=lambda i: scores[i].reward)
+    if united:
+        return Skipped(SkipReason.TOO_UNSURE, f"no greedy answer of {len(united)} has at most {max_entropy:g} nats")
     if divided:
         return Skipped(SkipReason.TOO_DIVIDED, f"no majority of {len(divided)} votes has {min_majority:g}")
     failed = next((s for s in scores if isinstance(s, Skipped)), None)

@@ -34,6 +34,7 @@ class SkipReason(str, Enum):
     # choosing what to train on
     TOO_EASY = "too_easy"
     TOO_DIVIDED = "too_divided"
+    TOO_UNSURE = "too_unsure"
     LOW_QUALITY = "low_quality"
 
 
