@@ -313,6 +313,8 @@ def test_three_roles_need_images_and_no_prompts(tmp_path: Path) -> None:
         ("self_consistency.fidelity_samples=0", "must be at least 1"),
         ("self_consistency.questions=1", "must be at least 2"),
         ("self_consistency.solver_top_p=0", "must lie in 0..1"),
+        ("self_consistency.max_token_entropy=0", "must be above 0; .inf for no limit"),
+        ("self_consistency.max_token_entropy=nan", "must be above 0; .inf for no limit"),
         ("self_consistency.hard_share=1.5", "must lie in 0..1"),
         ("self_consistency.min_pairs=4", "more than the 3 pairs"),
         ("self_consistency.proposer_temperature=0", "must be above 0"),

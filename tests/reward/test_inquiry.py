@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -115,6 +116,17 @@ def test_votes_below_the_majority_that_is_asked_for_teach_the_solver_nothing():
     (reward,) = score(record, settings=SelfConsistencyConfig(wording="brief", min_majority=0.8))
     assert (reward.chosen, reward.solver_rewards) == (-1, []) and reward.why_none.startswith("too_divided")
     assert [q["reward"] for q in reward.questions] == [q["reward"] for q in score(record)[0].questions]
+
+
+def test_a_greedy_answer_that_is_unsure_teaches_the_solver_nothing():
+    record = inquiry("a", asked(answers=SPLIT, entropies=(0.55, 0.95)), asked(answers=SPLIT, entropies=(0.25, 0.95)))
+    assert score(record)[0].chosen == 0
+    limited = SelfConsistencyConfig(wording="brief", max_token_entropy=0.3)
+    assert score(record, settings=limited)[0].chosen == 1
+    (reward,) = score(record, settings=replace(limited, max_token_entropy=0.2))
+    assert (reward.chosen, reward.solver_rewards) == (-1, []) and reward.why_none.startswith("too_unsure")
+    without = replace(limited, token_entropy=False)  # a control: it looks at no token entropy at all
+    assert rules_of(without).max_entropy == math.inf and score(record, settings=without)[0].chosen == 0
 
 
 @pytest.mark.parametrize("reason", list(SkipReason))
