@@ -9,9 +9,9 @@ import pytest
 from tests.made_inquiry import asked, inquiry, unasked
 from unified_rl.config import SelfConsistencyConfig
 from unified_rl.policy.controllers import RunningMean
-from unified_rl.reward.inquiry import InquiryState, question_scores, rules_of, score_inquiries, summary_of
+from unified_rl.reward.inquiry import InquiryState, choice_of, question_scores, rules_of, score_inquiries, summary_of
 from unified_rl.reward.role_rewards import PROPOSER_RULES
-from unified_rl.reward.self_consistency_metrics import question_metrics
+from unified_rl.reward.self_consistency_metrics import choice_metrics, question_metrics
 from unified_rl.reward.skips import SkipReason
 from unified_rl.reward.token_entropy import EntropyWindow
 from unified_rl.reward.votes import AGREEMENT_RULES
@@ -127,6 +127,16 @@ def test_a_greedy_answer_that_is_unsure_teaches_the_solver_nothing():
     assert (reward.chosen, reward.solver_rewards) == (-1, []) and reward.why_none.startswith("too_unsure")
     without = replace(limited, token_entropy=False)  # a control: it looks at no token entropy at all
     assert rules_of(without).max_entropy == math.inf and score(record, settings=without)[0].chosen == 0
+
+
+def test_why_the_solver_learns_nothing_of_an_image_is_counted():
+    settings = SelfConsistencyConfig(wording="brief", min_majority=0.5, max_token_entropy=0.3)
+    unsure, sure = asked(answers=SPLIT, entropies=(0.55, 0.95)), asked(answers=SPLIT, entropies=(0.25, 0.95))
+    records = [inquiry(f"i{k}", asked(), last) for k, last in enumerate((asked(), asked(), unsure, sure))]
+    assert choice_metrics([choice_of(reward) for reward in score(*records, settings=settings)]) == {
+        "unlearnt/too_easy": 2.0, "unlearnt/too_unsure": 1.0, "unlearnt/share": 0.75,
+    }  # fmt: skip
+    assert choice_metrics([]) == {}
 
 
 @pytest.mark.parametrize("reason", list(SkipReason))

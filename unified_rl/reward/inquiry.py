@@ -154,6 +154,11 @@ def question_scores(reward: InquiryReward) -> list[QuestionScore | Skipped]:
     return [_stored_score(asked) for asked in reward.questions]
 
 
+def choice_of(reward: InquiryReward) -> int | Skipped:
+    """Which question the Solver learns from, or why from none."""
+    return reward.chosen if reward.chosen >= 0 else _stored_skip(reward.why_none)
+
+
 def _stored_skip(text: str) -> Skipped:
     reason, _, detail = text.partition(": ")
     return Skipped(SkipReason(reason), detail)

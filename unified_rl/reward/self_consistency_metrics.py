@@ -42,6 +42,12 @@ def question_metrics(scores: Sequence[QuestionScore | Skipped]) -> dict[str, flo
     }
 
 
+def choice_metrics(choices: Sequence[int | Skipped]) -> dict[str, float]:
+    """`unlearnt/REASON` counts the images that have no question for the Solver; `unlearnt/share` is their share."""
+    counts = {f"unlearnt/{name}": float(n) for name, n in count_skips(choices).items() if n}
+    return {**counts, "unlearnt/share": sum(counts.values()) / len(choices)} if choices else {}
+
+
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
     quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return dict(zip(("min", "q25", "median", "q75", "max"), (min(values), *quarters, max(values)), strict=True))

@@ -19,9 +19,9 @@ from unified_rl.manifests import LedgerError, Manifest, ShardInfo
 from unified_rl.records import RewardRecord, RolloutRecord
 from unified_rl.report.timing import append_timing
 from unified_rl.reward.following import SILENT_SECONDS, Arrivals
-from unified_rl.reward.inquiry import InquiryState, question_scores, rules_of, score_inquiries
+from unified_rl.reward.inquiry import InquiryState, choice_of, question_scores, rules_of, score_inquiries
 from unified_rl.reward.inquiry import summary_of as inquiry_summary
-from unified_rl.reward.self_consistency_metrics import question_metrics
+from unified_rl.reward.self_consistency_metrics import choice_metrics, question_metrics
 from unified_rl.runtime import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -125,10 +125,11 @@ def manifest_extra(run: Run, iteration: int, source: Manifest, shards: list[Shar
     loop = loop_of(run.config, iteration)
     if loop != "understanding":
         return {"loop": loop} if loop else {}
-    rewards = read_records(run.stage_folder(iteration, STAGE), shards, InquiryReward)
+    rewards = list(read_records(run.stage_folder(iteration, STAGE), shards, InquiryReward))
     scores = [score for reward in rewards for score in question_scores(reward)]
     state = state_before(run, iteration).after(scores, rules_of(run.config.self_consistency))
-    return {"loop": loop, "state": state.to_dict(), "metrics": question_metrics(scores)}
+    metrics = question_metrics(scores) | choice_metrics([choice_of(reward) for reward in rewards])
+    return {"loop": loop, "state": state.to_dict(), "metrics": metrics}
 
 
 def score_inquiry_shards(run: Run, iteration: int, todo: Arrivals, ranks: Ranks) -> int:
