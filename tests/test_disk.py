@@ -95,10 +95,10 @@ def test_bytes_by_hand():
 
 
 def test_bytes_of_the_loop_of_questions_by_hand():
-    """Two images with three questions each, of 24 tokens, fourteen answers and a greedy one of 8 tokens."""
+    """Two images with three questions each, of 24 tokens, thirteen answers and a greedy one of 8 tokens."""
     config = resolve("self_consistency_janus_shapes", ["data.prompts_per_iteration=2"])
     asked = expected(config, 0)
-    assert asked.rollout == 2 * (3 * 32 * 32 + 3 * 12 * (24 + 15 * 8) + disk.RECORD)
+    assert asked.rollout == 2 * (3 * 32 * 32 + 3 * 12 * (24 + 14 * 8) + disk.RECORD)
     assert expected(config, 3).rollout == 2 * 8 * (3 * 32 * 32 + 16 * 8 + disk.RECORD)  # drawings
     one = replace(config, reward=replace(config.reward, method="gvu"))
     assert trained_numbers(config) == 3 * trained_numbers(one)  # an adapter for each role, on the same modules
