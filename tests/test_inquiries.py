@@ -83,6 +83,7 @@ def test_an_inquiry_that_contradicts_itself_is_refused(change, message):
         (lambda r: setattr(r, "chosen", 2), "no question of 2"),
         (lambda r: setattr(r, "chosen", -1), "why_none is empty"),
         (lambda r: r.solver_rewards.pop(), "a number for each readable answer"),
+        (lambda r: r.solver_rewards.__setitem__(0, None), "a number for each readable answer"),
         (lambda r: setattr(r, "status", "failed"), "reason is empty"),
         (lambda r: setattr(r, "status", "good"), "not one of"),
     ],

@@ -130,6 +130,7 @@ class SelfConsistencyConfig:
     hard_share: float = 0.3  # of images asked about with difficulty hard; medium the rest
     min_majority: float = 0.0  # of the vote, that a question must have for the Solver to learn from it
     max_token_entropy: float = math.inf  # nats, of the greedy answer to a question that the Solver learns from
+    penalise_unreadable: bool = True  # reply without a readable answer: as a minority of one; false: not learnt from
     references: int = 7  # answers to a check question on the real image, whose majority is the reference
     reference_share: float = 0.6  # of the vote that a reference must have
     pairs: int = 3  # check questions of a drawing task

@@ -119,7 +119,7 @@ class InquiryReward(Record):
     but a number for a reply without a question, which is the Proposer's doing; `answers`, normalised, null where
     unreadable; and what they say together: `votes`, `majority`, `bucket`, `vote_entropy`, `token_entropy`, `rank`,
     `agreement` (empty or null without a score). The Solver learns from question number `chosen`, each of whose answers
-    earned one of `solver_rewards` (null where unreadable); -1 for none, with the reason in `why_none`.
+    earned one of `solver_rewards` (null for none, where unreadable); -1 for none, with the reason in `why_none`.
     """
 
     SCHEMA: ClassVar[int] = 1
@@ -158,7 +158,8 @@ class InquiryReward(Record):
         earned = isinstance(self.solver_rewards, list) and all(r is None or is_finite(r) for r in self.solver_rewards)
         source.check(earned, "solver_rewards must be a list of finite numbers and null")
         answers = [] if self.chosen < 0 else self.questions[self.chosen]["answers"]
-        fits = [a is None for a in answers] == [r is None for r in self.solver_rewards]
+        fits = len(answers) == len(self.solver_rewards)
+        fits = fits and all(a is None or r is not None for a, r in zip(answers, self.solver_rewards, strict=True))
         source.check(fits, "solver_rewards must have a number for each readable answer of the chosen question")
 
     def _check_question(self, source: Source, number: int, asked: dict) -> None:

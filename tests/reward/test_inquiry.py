@@ -8,6 +8,7 @@ import pytest
 
 from tests.made_inquiry import asked, inquiry, unasked
 from unified_rl.config import SelfConsistencyConfig
+from unified_rl.inquiries import InquiryReward
 from unified_rl.policy.controllers import RunningMean
 from unified_rl.reward.inquiry import InquiryState, choice_of, question_scores, rules_of, score_inquiries, summary_of
 from unified_rl.reward.role_rewards import PROPOSER_RULES
@@ -39,6 +40,16 @@ def test_reward_of_a_question_by_hand():
     assert reward.chosen == 0 and reward.status == "ok" and reward.why_none == ""
     assert reward.solver_rewards[0] == pytest.approx((4 / 7) ** 0.7 * 0.921, abs=5e-4)
     assert reward.solver_rewards[6] == pytest.approx(-((3 / 7) ** 0.7) * 0.25 * 0.921, abs=5e-4)
+
+
+def test_a_reply_that_rambles_earns_what_one_does_that_stands_alone_or_nothing():
+    record = inquiry("a", asked(answers=["red"] * 3 + ["", "red"] + ["blue"] * 2, entropies=(0.55, 0.9)))
+    (paid,), (unpaid,) = score(record), score(record, settings=replace(BRIEF, penalise_unreadable=False))
+    assert paid.questions == unpaid.questions and paid.questions[0]["votes"] == {"red": 4, "blue": 2}
+    assert unpaid.solver_rewards == [*paid.solver_rewards[:3], None, *paid.solver_rewards[4:]]
+    assert -0.1 < paid.solver_rewards[3] < 0 < paid.solver_rewards[0]
+    for reward in (paid, unpaid):
+        assert InquiryReward.from_members("a", reward.to_members(), "shard").solver_rewards == reward.solver_rewards
 
 
 def test_controls_and_presets_change_the_rules():

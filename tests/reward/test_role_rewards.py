@@ -119,11 +119,22 @@ def test_form_and_vagueness_cost():
     assert solver_rewards(vague, counted)[0] == pytest.approx(share * (informativeness(votes) - 0.08))
 
 
-def test_an_answer_that_could_not_be_read_keeps_its_reason():
+@pytest.mark.parametrize("preset", ["self_consistency", "evolmm"])
+def test_an_answer_that_could_not_be_read_stands_alone_in_the_wrong_form(preset):
     answers, votes = answered("aa aabb")
-    rewards = solver_rewards(answers, votes)
+    s = informativeness(votes)
+    rewards = solver_rewards(answers, votes, SOLVER_RULES[preset])
+    value = -0.25 * s - 0.10 if preset == "self_consistency" else 1.0
+    assert rewards[2] == pytest.approx((1 / 7) ** 0.7 * value) and rewards[2] < rewards[0]
+    assert rewards[0] == pytest.approx((4 / 6) ** 0.7 * (s if preset == "self_consistency" else 1.0))  # of the readable
+
+
+def test_an_answer_that_could_not_be_read_may_have_no_reward():
+    answers, votes = answered("aa aabb")
+    rules = SOLVER_RULES["self_consistency"]
+    rewards = solver_rewards(answers, votes, replace(rules, read_only=True))
     assert rewards[2] is answers[2]
-    assert rewards[0] == pytest.approx((4 / 6) ** 0.7 * informativeness(votes))
+    assert rewards[:2] + rewards[3:] == solver_rewards(*answered("aaaabb"))
 
 
 def test_the_parent_method_pays_the_share():

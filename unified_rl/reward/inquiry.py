@@ -72,8 +72,9 @@ def rules_of(settings: SelfConsistencyConfig) -> InquiryRules:
         GENERATION_RULES[preset], cycle=settings.cycle_weight, min_share=settings.reference_share,
         min_quality=settings.min_quality,
     )  # fmt: skip
+    solver = replace(SOLVER_RULES[preset], read_only=not settings.penalise_unreadable)
     return InquiryRules(
-        ANSWER_RULES[preset], ENTROPY_RULES[preset], AGREEMENT_RULES[preset], proposer, SOLVER_RULES[preset],
+        ANSWER_RULES[preset], ENTROPY_RULES[preset], AGREEMENT_RULES[preset], proposer, solver,
         generation, inside_answer=preset != "self_consistency_release", min_majority=settings.min_majority,
         max_entropy=settings.max_token_entropy if settings.token_entropy else math.inf,
     )  # fmt: skip

@@ -124,6 +124,8 @@ class SolverRules:
         by_vote: false for a value of 1 for every answer: the share alone pays, as in the parent method.
         form_penalty: for a reply that is not in the form that was asked for.
         vague_penalty: for an answer that says nothing.
+        read_only: an answer that could not be read has no reward. Otherwise it earns what one does that nobody else
+            gave, less the penalty of form: unpaid, a framing that makes the Solver ramble would do so ever more.
     """
 
     by_vote: bool = True
@@ -136,6 +138,7 @@ class SolverRules:
     free_words: int = 6
     form_penalty: float = 0.10
     vague_penalty: float = 0.08
+    read_only: bool = False
 
 
 SOLVER_RULES = {
@@ -150,7 +153,7 @@ def solver_rewards(
     votes: Votes,
     rules: SolverRules = SOLVER_RULES["self_consistency"],
 ) -> list[float | Skipped]:
-    """Reward of each of N answers; an answer that could not be read keeps its reason.
+    """Reward of each of N answers; with `read_only` an answer that could not be read keeps its reason.
 
     Args:
         answers: as they were read, in the order of `votes.answers`.
@@ -161,15 +164,22 @@ def solver_rewards(
     texts = tuple(a.text if isinstance(a, SolverAnswer) else None for a in answers)
     if texts != votes.answers:
         raise ValueError("the answers are not those that were counted")
-    return [a if isinstance(a, Skipped) else _reward_of(a, votes, rules) for a in answers]
+    return [_reward_of(answer, votes, rules) for answer in answers]
 
 
-def _reward_of(answer: SolverAnswer, votes: Votes, rules: SolverRules) -> float:
+def _reward_of(answer: SolverAnswer | Skipped, votes: Votes, rules: SolverRules) -> float | Skipped:
+    if isinstance(answer, Skipped):
+        return answer if rules.read_only else _reward_of_unread(votes, rules)
     value = _value_of(answer.text, votes, rules) if rules.by_vote else 1.0
     value -= rules.form_penalty * (not answer.canonical) + rules.vague_penalty * answer.is_vague
     excess = (answer.words_before - rules.free_words) / rules.free_words
     length = 1.0 - rules.length_weight * min(max(excess, 0.0), 1.0)
     return (votes.counts[answer.text] / votes.readable) ** rules.power * length * value
+
+
+def _reward_of_unread(votes: Votes, rules: SolverRules) -> float:
+    value = -rules.minority_weight * max(rules.min_scale, informativeness(votes)) if rules.by_vote else 1.0
+    return (1 / len(votes.answers)) ** rules.power * (value - rules.form_penalty)
 
 
 def _value_of(text: str, votes: Votes, rules: SolverRules) -> float:

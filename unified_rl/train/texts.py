@@ -120,7 +120,7 @@ def _replies(inquiry: InquiryRecord, reward: InquiryReward) -> Iterator[TextSamp
 
 
 def solver_data(pairs: Sequence[tuple[InquiryRecord, InquiryReward]], config: RunConfig, shuffle_seed: int) -> TextData:
-    """The readable answers to each image's chosen question; images without one are counted."""
+    """The answers with a reward to each image's chosen question; images without one are counted."""
     samples, groups, left_out = [], [], {"groups_skipped": 0, "groups_failed": 0}
     for inquiry, reward in pairs:
         answers = list(_answers(inquiry, reward, config.self_consistency.wording)) if reward.status == "ok" else []
