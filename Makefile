@@ -45,7 +45,7 @@ $(STAMP): setup.py constraints.txt
 	@PYTHON="$(PYTHON)" launch/install.sh
 
 test: $(STAMP)  ## run the tests that take seconds
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)

@@ -38,6 +38,6 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],  # used when importable on a GPU; needs the CUDA toolkit to install
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"],
     },
 )

@@ -43,6 +43,7 @@ dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", datetime.timedelta(s
 total = torch.ones(1, device=device)
 dist.all_reduce(total)
 assert total.item() == world, total.item()
+dist.destroy_process_group()  # gloo's threads, left to the interpreter's end, now and then abort it
 """
 LOCK = """
 import fcntl, sys
